@@ -1,29 +1,27 @@
 """Evaluation for reranking: exact measures, run files, a BM25 baseline, the paper's benchmarks.
 
-Self-contained (numpy and tqdm), for GroupRank (arXiv 2511.11653v3) and for any other ranking.
+Needs numpy and tqdm only. For GroupRank (arXiv 2511.11653v3) and for any other ranking.
 
-    python evaluate.py --qrels qrels.tsv --run a.run b.run                 # table, ties, paired tests
-    python evaluate.py --qrels qrels.tsv --run a.run --metrics ndcg@10 recall@100 map mrr@10
-    python evaluate.py --prepare bright/biology --out bright/biology       # a benchmark, as a BEIR folder
-    python evaluate.py --qrels bright/biology/qrels/test.tsv --run a.run --paper bright
+    python evaluate.py --qrels qrels.tsv --run a.run b.run             # table, ties, paired tests
+    python evaluate.py --qrels qrels.tsv --run a.run --metrics ndcg@10 recall@100 map mrr@10 p@5
+    python evaluate.py --prepare bright/biology --out data/biology     # a benchmark as BEIR folder
+    python evaluate.py --qrels data/biology/qrels/test.tsv --run a.run --paper bright
     python evaluate.py --plot runs/demo/metrics.jsonl --out curves.png
 
-Sections: errors and output files - measures - ties - run and qrels files - collections - BM25 -
-evaluating a run - comparing two runs - benchmarks of the paper - tables - pictures - command line.
+Sections: errors and outputs - measures - ties - run and qrels files - collections - BM25 -
+evaluating runs - comparing runs - the paper's benchmarks - pictures - tables - command line.
 
-Choices, each the convention of trec_eval unless said otherwise:
- 1. A run is sorted by score, descending, and equal scores by document id, descending, compared as
-    bytes. Scores are compared as float32, because that is how trec_eval keeps them: scores that
-    differ only beyond it are ties. The rank column is ignored. `--ties first-stage` keeps ties in
-    the order of the run file's lines (or of the run given with `--first-stage`).
- 2. NDCG has linear gain and discount log2(rank + 1) (Eq. 9 of the paper); `--gain exponential`
-    is 2^grade - 1. A document without judgement is not relevant; a negative grade has gain 0.
- 3. A query without any relevant document scores 0 and is counted. Means run over the queries that
-    both files have; `--complete` (trec_eval's -c) runs over all judged queries, missing ones 0.
- 4. AP, recall, precision, reciprocal rank and success call a document relevant at grade >= 1
-    (`--relevance-level`). Precision@k divides by k even where fewer documents were retrieved.
- 5. judged@k divides by the number of documents retrieved, at most k (trec_eval has no such measure).
- 6. RBO is RBO_ext of Webber, Moffat and Zobel (2010, Eq. 32).
+Choices; each is trec_eval's convention unless it says otherwise:
+ 1. Order: score descending, then document id descending, as bytes. Scores are compared as float32,
+    as trec_eval keeps them; the rank column is ignored. `--ties first-stage` keeps equal scores in
+    the order of the run's lines instead, or in the order of the run given with `--first-stage`.
+ 2. NDCG: linear gain, discount log2(rank + 1) (the paper's Eq. 9); `--gain exponential` is
+    2^grade - 1. No judgement or a negative grade: gain 0. No relevant document: the query scores 0.
+ 3. Means run over the queries that both files have; `--complete` (trec_eval -c) over all judged
+    queries, missing ones 0. What is missing is always printed.
+ 4. Recall, precision, AP, RR and success take grade >= 1 as relevant (`--relevance-level`).
+    Precision@k divides by k; judged@k (not in trec_eval) by the number retrieved, at most k.
+ 5. RBO is RBO_ext of Webber, Moffat and Zobel (2010, Eq. 32), over the whole lists.
 """
 
 import argparse
@@ -31,7 +29,7 @@ import collections
 import contextlib
 import dataclasses
 import gzip
-import io
+import importlib
 import itertools
 import json
 import math
@@ -45,39 +43,37 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-# --- Errors and output files ----------------------------------------------------------------------
+# --- Errors and outputs ---------------------------------------------------------------------------
 
 
 def run_cli(main):
     """Run `main()`; a user's mistake becomes one line `error: ...` and exit status 2, no traceback.
 
-    A mistake is a ValueError, an OSError or the ImportError of an optional package. Other
-    exceptions are faults of ours and keep their traceback (all do, with GROUPRANK_TRACEBACK=1).
+    Mistakes are ValueError, OSError and the ImportError of an optional package. Anything else is our
+    fault and keeps its traceback; GROUPRANK_TRACEBACK=1 shows all of them.
     """
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `... | head`: the reader has seen enough
+    except BrokenPipeError:  # `... | head` has seen enough; keep the interpreter's last flush quiet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("GROUPRANK_TRACEBACK"):
             raise
-        named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        message = f"{error.filename}: {error.strerror}" if named else str(error)
+        from_system = isinstance(error, OSError) and error.filename and error.strerror
+        message = f"{error.filename}: {error.strerror}" if from_system else str(error)
         print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
 
 @contextlib.contextmanager
 def open_atomic(path, mode="w"):
-    """Open a file for writing that appears under its name only when it is complete.
+    """Open a file for writing that appears under its name when it is complete, or not at all.
 
-    It is written beside `path` under a temporary name, flushed to the disk and renamed; after an
-    exception nothing is left and an older file at `path` is untouched. Text is UTF-8 with "\\n".
+    Written beside `path` under a temporary name, flushed to disk, renamed. Text is UTF-8 with "\\n".
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,31 +92,28 @@ def open_atomic(path, mode="w"):
 def refuse_overwrite(path, overwrite=False):
     """Raise ValueError if `path` exists (a folder: if it holds anything) and `overwrite` is off."""
     path = Path(path)
-    taken = any(path.iterdir()) if path.is_dir() else path.exists()
-    if taken and not overwrite:
+    if not overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
         raise ValueError(f"{path} exists; choose another name or add --overwrite")
 
 
 # --- Measures -------------------------------------------------------------------------------------
-# One function per formula; each works when it is copied alone (import numpy as np, math).
-# ranked_grades: grades in the order of the ranking, 0 where there is no judgement.
-# judged_grades: all judged grades of the query, in any order, retrieved or not.
+# One formula each; every function works when pasted alone (import numpy as np, math).
+# ranked_grades: grades in the order of the ranking, unjudged documents 0; lists, arrays or tensors.
+# judged_grades: all judged grades of the query, in any order. k=None: the whole list.
 
 
 def ndcg(ranked_grades, judged_grades, k=10, *, exponential=False):
-    """Normalised discounted cumulative gain of the first k documents, in [0, 1].
+    """Normalised discounted cumulative gain, in [0, 1]; 0.0 if no document is relevant.
 
-    NDCG@k = DCG@k / ideal DCG@k,  DCG@k = sum_{i=1..k} gain_i / log2(i + 1)     (trec_eval ndcg_cut)
+    NDCG@k = DCG@k / ideal DCG@k,  DCG@k = sum_{i=1..k} gain_i / log2(i + 1)
 
-    gain = max(grade, 0), or 2^grade - 1 with `exponential`. k=None: the whole list. The ideal ranks
-    all `judged_grades`. No relevant document: 0.0. Linear in the gains of the ranking, so grades
-    averaged over ties (`tie_averaged`) give the expected NDCG.
+    gain = max(grade, 0), or 2^max(grade, 0) - 1 if `exponential`. The ideal ranks all
+    `judged_grades`, retrieved or not. Linear in the gains of the ranking: see `tie_averaged`.
     """
 
     def dcg(grades):
-        gains = (max(grade, 0.0) for grade in grades[:k])
-        if exponential:
-            gains = (2.0**gain - 1.0 for gain in gains)
+        gains = [max(grade, 0.0) for grade in grades[:k]]
+        gains = [2.0**gain - 1.0 for gain in gains] if exponential else gains
         return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
     ideal = dcg(sorted((float(grade) for grade in judged_grades), reverse=True))
@@ -128,30 +121,20 @@ def ndcg(ranked_grades, judged_grades, k=10, *, exponential=False):
 
 
 def recall(ranked_grades, judged_grades, k=None, *, level=1):
-    """Share of the relevant documents (grade >= level) found in the first k; none relevant: 0.0.
-
-    recall@k = |relevant in the first k| / |relevant|     (k=None: the whole list)
-    """
+    """recall@k = relevant among the first k / all relevant (grade >= level); none relevant: 0.0."""
     relevant = sum(float(grade) >= level for grade in judged_grades)
     found = sum(float(grade) >= level for grade in ranked_grades[:k])
     return found / relevant if relevant else 0.0
 
 
 def precision(ranked_grades, k=None, *, level=1):
-    """Share of relevant documents (grade >= level) among the first k.
-
-    P@k = |relevant in the first k| / k     (k also where fewer are retrieved; k=None: their number)
-    """
+    """P@k = relevant (grade >= level) among the first k / k, however few are retrieved."""
     found = sum(float(grade) >= level for grade in ranked_grades[:k])
-    depth = len(ranked_grades) if k is None else k
-    return found / depth if depth else 0.0
+    return found / (k or max(len(ranked_grades), 1))
 
 
 def average_precision(ranked_grades, judged_grades, k=None, *, level=1):
-    """Mean over all relevant documents (grade >= level) of the precision at their rank.
-
-    AP@k = sum_{i<=k, relevant} P@i / |relevant|     (not retrieved: 0; no relevant document: 0.0)
-    """
+    """AP@k = sum of P@i over the relevant ranks i <= k / all relevant; none relevant: 0.0."""
     relevant = sum(float(grade) >= level for grade in judged_grades)
     found, total = 0, 0.0
     for rank, grade in enumerate(ranked_grades[:k], start=1):
@@ -162,76 +145,75 @@ def average_precision(ranked_grades, judged_grades, k=None, *, level=1):
 
 
 def reciprocal_rank(ranked_grades, k=None, *, level=1):
-    """RR@k = 1 / rank of the first relevant document (grade >= level), 0.0 if none is in the first k."""
-    for rank, grade in enumerate(ranked_grades[:k], start=1):
-        if float(grade) >= level:
-            return 1.0 / rank
-    return 0.0
+    """RR@k = 1 / rank of the first document with grade >= level; none in the first k: 0.0."""
+    hits = (rank for rank, grade in enumerate(ranked_grades[:k], 1) if float(grade) >= level)
+    return 1.0 / next(hits, math.inf)
 
 
 def success(ranked_grades, k=None, *, level=1):
-    """success@k = 1.0 if a document with grade >= level is among the first k, else 0.0."""
+    """success@k = 1.0 if one of the first k has grade >= level, else 0.0."""
     return float(any(float(grade) >= level for grade in ranked_grades[:k]))
 
 
 def judged(ranked_flags, k=None):
-    """judged@k = share of the first k retrieved documents that have a judgement at all.
-
-    ranked_flags: true where the document is judged, in the order of the ranking. Empty list: 0.0.
-    """
+    """judged@k = share of the first k retrieved that are judged (flag true); none retrieved: 0.0."""
     flags = [bool(flag) for flag in ranked_flags[:k]]
-    return sum(flags) / len(flags) if flags else 0.0
+    return sum(flags) / max(len(flags), 1)
 
 
 def rank_biased_overlap(ranking_a, ranking_b, p=0.9):
-    """Extrapolated rank-biased overlap (RBO_ext; Webber et al. 2010, Eq. 32) of two finite lists.
+    """Rank-biased overlap of two finite rankings, extrapolated: RBO_ext (Webber et al., Eq. 32).
 
-    RBO = (1-p)/p (sum_{d=1..l} X_d/d p^d + sum_{d=s+1..l} X_s (d-s)/(s d) p^d)
-          + ((X_l - X_s)/l + X_s/s) p^l
+    (1-p)/p (sum_{d<=l} X_d/d p^d + sum_{s<d<=l} X_s (d-s)/(s d) p^d) + ((X_l - X_s)/l + X_s/s) p^l
 
-    X_d: number of documents that the first d of both share; s <= l: the lengths. In [0, 1]: 1 for
-    identical lists (two empty ones too), 0 for disjoint ones (or one empty). On two orders of the
-    same documents it is > 0, and p sets how much the top counts: the first 10 ranks hold about 86 %
-    of the weight at p = 0.9. Raises ValueError unless 0 < p < 1 and no list repeats a document.
+    X_d: documents that both have in their first d; s <= l: the two lengths. In [0, 1]: 1 for equal
+    lists (also two empty ones), 0 for disjoint ones. On two orders of the same documents it never
+    reaches 0. The first 10 ranks hold 86 % of the weight at p 0.9. ValueError on a repeated document.
     """
     a, b = list(ranking_a), list(ranking_b)
-    if not 0.0 < p < 1.0:
-        raise ValueError(f"p must lie between 0 and 1, got {p}")
-    if len(set(a)) < len(a) or len(set(b)) < len(b):
-        raise ValueError("a ranking holds the same document twice")
-    s, l = sorted((len(a), len(b)))
+    if not 0.0 < p < 1.0 or len(set(a)) < len(a) or len(set(b)) < len(b):
+        raise ValueError(f"rank-biased overlap needs 0 < p < 1 (got {p}) and no repeated document")
+    s, l = sorted((len(a), len(b)))  # noqa: E741  (Webber's letters)
     if s == 0:
         return float(l == 0)
-    seen_a, seen_b, shared, x = set(), set(), 0, [0]  # x[d] is X_d
+    seen_a, seen_b, x = set(), set(), [0]  # x[d] is X_d
     for d in range(l):
-        for document in a[d : d + 1]:
-            shared += document in seen_b
-            seen_a.add(document)
-        for document in b[d : d + 1]:
-            shared += document in seen_a
-            seen_b.add(document)
-        x.append(shared)
+        x.append(x[-1] + sum(document in seen_b for document in a[d : d + 1]))
+        seen_a.update(a[d : d + 1])
+        x[-1] += sum(document in seen_a for document in b[d : d + 1])
+        seen_b.update(b[d : d + 1])
     agreement = sum(x[d] / d * p**d for d in range(1, l + 1))
     agreement += sum(x[s] * (d - s) / (s * d) * p**d for d in range(s + 1, l + 1))
-    tail = ((x[l] - x[s]) / l + x[s] / s) * p**l
-    return min(1.0, (1 - p) / p * agreement + tail)
+    return min(1.0, (1 - p) / p * agreement + ((x[l] - x[s]) / l + x[s] / s) * p**l)
 
 
 # --- Ties -----------------------------------------------------------------------------------------
 
 
-def sort_run(scores):
-    """Document ids of {id: score} in trec_eval's order: float32 score, then id, both descending.
+def tie_averaged(scores, values):
+    """`values` in descending order of `scores`, each run of equal scores replaced by its mean value.
 
-    Ids are compared as UTF-8 bytes (strcmp); Python's order of code points is the same order.
-    Scores beyond float32 become infinite and tie. Raises ValueError on nan or infinite scores.
+    DCG, recall and precision are linear in the values (gains; relevance 0 or 1), so a measure of the
+    averaged values is exactly its expectation over all orders of the ties:
+
+        expected NDCG@k   = ndcg(tie_averaged(scores, gains), gains, k)
+        expected recall@k = sum(tie_averaged(scores, relevant)[:k]) / sum(relevant)
+
+    N scores and N values in, a list of N floats out; the order of the documents does not matter.
     """
-    values = as_float32(scores)
-    return [doc for _, doc in sorted(zip(values.tolist(), scores), reverse=True)]
+    pairs = sorted((-float(score), float(value)) for score, value in zip(scores, values, strict=True))
+    averaged = []
+    while len(averaged) < len(pairs):
+        tied = [value for score, value in pairs if score == pairs[len(averaged)][0]]
+        averaged += [math.fsum(tied) / len(tied)] * len(tied)
+    return averaged
 
 
 def as_float32(scores):
-    """The scores of {id: score} as a float32 array, in the order of the dict."""
+    """The scores of {id: score} as float32, (N,), in the dict's order; ValueError on nan and inf.
+
+    Finite scores beyond float32 become infinite and tie, as they do in trec_eval.
+    """
     values = np.fromiter(scores.values(), dtype=np.float64, count=len(scores))
     if not np.isfinite(values).all():
         bad = next(doc for doc, score in scores.items() if not math.isfinite(score))
@@ -240,34 +222,22 @@ def as_float32(scores):
         return values.astype(np.float32)
 
 
-def tie_averaged(scores, values):
-    """`values` in descending order of `scores`, each run of tied scores replaced by its mean value.
+def sort_run(scores, ties="trec_eval"):
+    """Document ids of {id: score}, best first: float32 score descending, then id descending.
 
-    DCG, recall@k and precision@k are linear in the values (gains; 0/1 relevance), so a measure of the
-    averaged values is its exact expectation over all orders of the ties:
-
-        expected NDCG@k   = ndcg(tie_averaged(scores, gains), gains, k)
-        expected recall@k = sum(tie_averaged(scores, relevant)[:k]) / sum(relevant)
-
-    Both arguments have length N; the result is a list of N floats that does not depend on the order
-    of the documents. Scores are compared exactly as they are given.
+    Ids are compared as UTF-8 bytes, which is the order of code points, Python's own. With
+    ties="first-stage", equal scores keep the order of the dict.
     """
-    order = sorted(range(len(scores)), key=lambda i: -float(scores[i]))
-    averaged, start = [], 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and float(scores[order[stop]]) == float(scores[order[start]]):
-            stop += 1
-        tied = sorted(float(values[i]) for i in order[start:stop])  # sorted: same sum in any order
-        averaged += [math.fsum(tied) / len(tied)] * len(tied)
-        start = stop
-    return averaged
+    values, ids = as_float32(scores), list(scores)
+    if ties == "first-stage":
+        return [ids[i] for i in np.argsort(-values, kind="stable")]
+    return [doc for _, doc in sorted(zip(values.tolist(), ids, strict=True), reverse=True)]
 
 
 def minmax(values):
-    """Scale a list of numbers to [0, 1]: (v - min) / (max - min); a constant list becomes zeros."""
+    """Scale numbers to [0, 1]: (v - min) / (max - min); a constant list becomes zeros."""
     numbers = [float(value) for value in values]
-    if not all(math.isfinite(number) for number in numbers):
+    if not all(map(math.isfinite, numbers)):
         raise ValueError("min-max scaling needs finite numbers")
     low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     return [(number - low) / (high - low) if high > low else 0.0 for number in numbers]
@@ -275,251 +245,197 @@ def minmax(values):
 
 # --- Run and qrels files --------------------------------------------------------------------------
 
-CHUNK = 1 << 22  # bytes read at a time: bounds the memory for tokens (guess; 1-16 MiB are alike)
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-RUN_LINE = {  # for lines that do not have exactly six columns: where does the id end, the tag begin?
-    greedy: re.compile(
-        rf"\s*(\S+)\s+\S+\s+(\S.*{lazy})\s+[-+]?\d+\s+({NUMBER})\s+(\S.*?)\s*", re.ASCII
-    )
-    for greedy, lazy in ((True, ""), (False, "?"))
-}
+CHUNK = 1 << 22  # bytes read at a time: bounds the memory for words (1 to 16 MiB are alike)
+RUN_LINE = [  # a line of more than six words: the id takes as many of them as it can, or as few
+    re.compile(rf"(\S+)\s+(\S+)\s+(\S.*{lazy})\s+([-+]?\d+)\s+([-+.\deE]+)\s+(\S.*)", re.ASCII)
+    for lazy in ("", "?")
+]
 
 
 def open_input(path):
-    """Open a file for reading bytes; a gzip file (by its first bytes) is unpacked on the fly."""
-    file = open(path, "rb")  # noqa: SIM115  (the caller closes it)
-    packed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    return io.BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file
+    """Open a file for reading bytes; gzip (known by its first bytes) is unpacked on the fly."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if packed else open(path, "rb")  # noqa: SIM115
 
 
-def read_lines(path):
-    """Yield (line number, line) of a UTF-8 text file, plain or gzip, without blank lines."""
+def decode_lines(path, lines, start=1):
+    """Yield ("path, line n", text) of the lines (bytes) that are not blank; they must be UTF-8."""
+    for number, line in enumerate(lines, start):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n")
+        except UnicodeDecodeError:
+            raise ValueError(f"{where}: not UTF-8 text") from None
+        if text:
+            yield where, text
+
+
+def read_table(path):
+    """Yield (where, fields) of each line: split at tabs, or at spaces in a line without tabs."""
     with open_input(path) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n")
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {number}: not UTF-8 text") from None
-            if text:
-                yield number, text
+        for where, text in decode_lines(path, file):
+            tabs = [field.strip() for field in text.split("\t")]
+            yield where, tabs if len(tabs) > 1 else re.split(r"\s+", text, flags=re.ASCII)
 
 
-def read_json_object(path):
-    """The content of a JSON file that holds an object, or None if the file is something else."""
+def read_json_table(path):
+    """{query id: {document id: number}} of a JSON file; None if the file is not a JSON object."""
+
+    def unique(pairs):  # a plain load would hide repeated ids
+        if len(mapping := dict(pairs)) < len(pairs):
+            repeated = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"id {repeated} appears twice")
+        return mapping
+
     with open_input(path) as file:
         if not file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             return None
         try:
-            return json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=_unique_pairs)
-        except ValueError as error:  # JSONDecodeError, UnicodeDecodeError and repeated keys
+            table = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=unique)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _unique_pairs(pairs):
-    """A dict of the pairs of one JSON object; a plain load would hide repeated ids."""
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"id {twice!r} appears twice")
-    return mapping
+    for qid, row in table.items():
+        for doc, value in row.items() if isinstance(row, dict) else [("?", row)]:
+            if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+                raise ValueError(f"{path}: query {qid}, document {doc}: {value!r} is no finite number")
+    return table
 
 
 def read_run(path):
-    """Read a run, {query id: {document id: score}}, in the order of the file.
+    """Read a run {query id: {document id: score}}, in the order of the file.
 
-    TREC: `qid Q0 docid rank score tag`, by tabs or spaces, plain or gzip; or JSON of that dict. Ids
-    may hold spaces where tabs or the numbers beside them decide. Raises ValueError, naming file and
-    line or ids, on malformed lines, scores that are not finite, and a document listed twice.
+    TREC lines `qid Q0 docid rank score tag`, by tabs or spaces, plain or gzip; or that dict as JSON.
+    Ids and tags may hold spaces where the line stays decidable. Raises ValueError, naming file and
+    line or ids, on malformed lines, scores that are not finite, and documents listed twice.
     """
-    table = read_json_object(path)
-    if table is not None:
-        return {qid: _check_scores(path, qid, scores) for qid, scores in table.items()}
-    run, intern, n_lines, tags = {}, {}, 0, set()
-    with open_input(path) as file:
-        while chunk := file.read(CHUNK) + file.readline():
-            columns = _split_plain(chunk) or _split_odd(path, chunk, n_lines, tags)
-            n_lines += chunk.count(b"\n")
-            _add_to_run(path, run, *columns, intern)
+    run, intern = {}, {}  # intern: one string per document id, not one per line
+    for qids, docs, scores in _run_columns(path):
+        docs = list(map(intern.setdefault, docs, docs))
+        changes = itertools.compress(itertools.count(1), map(operator.ne, qids, qids[1:]))
+        for start, stop in itertools.pairwise([0, *changes, len(qids)]):  # lines of one query
+            ids, known = docs[start:stop], run.setdefault(qids[start], {})
+            block = dict(zip(ids, scores[start:stop], strict=True))
+            if len(block) < len(ids) or not known.keys().isdisjoint(block):
+                count = collections.Counter(ids)
+                twice = [doc for doc in block if doc in known or count[doc] > 1]
+                raise ValueError(f"{path}: query {qids[start]} lists twice: {', '.join(twice[:5])}")
+            known.update(block)
     if not run:
         raise ValueError(f"{path}: the run is empty")
     return run
 
 
-def _split_plain(chunk):
-    """Columns (qids, docids, scores) of a chunk whose lines all have six plain columns, or None.
+def _run_columns(path):
+    """Yield (qids, docids, scores), three sequences, of one chunk of a run file after the other."""
+    table, n_lines, tags = read_json_table(path), 0, set()
+    for qid, row in (table or {}).items():
+        yield [qid] * len(row), list(row), list(map(float, row.values()))
+    with open_input(path) as file:
+        while table is None and (chunk := file.read(CHUNK) + file.readline()):
+            columns = _plain_columns(chunk)
+            if columns is None:  # line by line: ids with spaces, other scripts, and all errors
+                rows = decode_lines(path, chunk.split(b"\n"), n_lines + 1)
+                columns = tuple(zip(*(_split_run_line(*row, tags) for row in rows), strict=True))
+            if columns:
+                yield columns
+            n_lines += chunk.count(b"\n")
 
-    A mark is put at each line's end before everything is split at once: that every seventh token
-    is a mark proves that each line had six columns. Anything odd is left to `_split_odd`.
+
+def _plain_columns(chunk):
+    """Columns of a chunk in which every line is six ASCII words, or None.
+
+    Everything is split at once; a mark put at each line's end must come back as every seventh word.
     """
     if not chunk.isascii() or b"\0" in chunk:
         return None
-    text = chunk.decode("ascii") + ("" if chunk.endswith(b"\n") else "\n")
-    tokens = text.replace("\n", " \0 ").split()
-    if len(tokens) % 7 or tokens[6::7].count("\0") * 7 != len(tokens):
+    words = (chunk.decode("ascii").rstrip("\n") + "\n").replace("\n", " \0 ").split()
+    if len(words) % 7 or words[6::7].count("\0") * 7 != len(words):
         return None
     try:
-        scores = list(map(float, tokens[4::7]))
+        scores = list(map(float, words[4::7]))
     except ValueError:
         return None
-    return (tokens[0::7], tokens[2::7], scores) if np.isfinite(scores).all() else None
-
-
-def _split_odd(path, chunk, n_lines, tags):
-    """Columns of a chunk, line by line: ids or tags with spaces, other scripts, and errors.
-
-    `tags` collects the run tags seen so far; they settle lines that could be read in two ways.
-    """
-    qids, docids, scores = [], [], []
-    for number, line in enumerate(chunk.split(b"\n"), start=n_lines + 1):
-        where = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r")
-        except UnicodeDecodeError:
-            raise ValueError(f"{where}: not UTF-8 text") from None
-        if text:
-            qid, docid, score = _split_run_line(where, text, tags)
-            qids.append(qid)
-            docids.append(docid)
-            scores.append(score)
-    return qids, docids, scores
+    return (words[0::7], words[2::7], scores) if np.isfinite(scores).all() else None
 
 
 def _split_run_line(where, text, tags):
-    """(qid, docid, score) of one line of a run; raises ValueError when it is not decidable."""
+    """(qid, docid, score) of one line; `tags` collects the tags seen, to settle doubtful lines."""
     fields = [field.strip() for field in text.split("\t", 5)]
-    if len(fields) < 6:
-        fields = re.split(r"\s+", text, flags=re.ASCII)
-    if len(fields) == 6:
-        qid, docid, score = fields[0], fields[2], fields[4]
-    else:
-        found = [match.groups() for form in RUN_LINE.values() if (match := form.fullmatch(text))]
-        if not found:
-            raise ValueError(f"{where}: expected six columns `qid Q0 docid rank score tag`: {text!r}")
-        chosen = set(found) if len(set(found)) == 1 else {f for f in found if f[3] in tags}
-        if len(chosen) != 1:
-            raise ValueError(f"{where}: can be read in two ways, separate columns by tabs: {text!r}")
-        qid, docid, score, tag = chosen.pop()
-        tags.add(tag)
+    fields = fields if len(fields) == 6 else re.split(r"\s+", text, flags=re.ASCII)
+    if len(fields) != 6:
+        readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(text))}
+        if len(readings) > 1:
+            readings = {reading for reading in readings if reading[5] in tags}
+        if len(readings) != 1:
+            raise ValueError(f"{where}: not six columns `qid Q0 docid rank score tag`: {text!r:.200}")
+        fields = readings.pop()
+    tags.add(fields[5])
     try:
-        if math.isfinite(float(score)):
-            return qid, docid, float(score)
+        score = float(fields[4])
     except ValueError:
-        pass
-    raise ValueError(f"{where}: score {score!r} is not a finite number")
-
-
-def _add_to_run(path, run, qids, docids, scores, intern):
-    """Add columns of lines to `run`, a block of equal query ids at a time."""
-    docids = list(map(intern.setdefault, docids, docids))  # one string per document, not per line
-    changes = itertools.compress(itertools.count(1), map(operator.ne, qids, qids[1:]))
-    for start, stop in itertools.pairwise([0, *changes, len(qids)]):
-        if start == stop:
-            continue
-        block = dict(zip(docids[start:stop], scores[start:stop]))
-        known = run.setdefault(intern.setdefault(qids[start], qids[start]), block)
-        expected = stop - start
-        if known is not block:
-            expected += len(known)
-            known.update(block)
-        if len(known) < expected:
-            counts = collections.Counter(docids[start:stop])
-            twice = next((d for d, n in counts.items() if n > 1), None)
-            twice = twice or "one of " + ", ".join(sorted(counts)[:3])
-            raise ValueError(f"{path}: query {qids[start]} lists document {twice} twice")
-
-
-def _check_scores(path, qid, scores):
-    """One query of a JSON run as {docid: float}, or ValueError."""
-    if not isinstance(scores, dict):
-        raise ValueError(f"{path}: query {qid}: expected {{docid: score}}, got {scores!r:.60}")
-    for docid, score in scores.items():
-        if isinstance(score, bool) or not isinstance(score, (int, float)):
-            raise ValueError(f"{path}: query {qid}, document {docid}: {score!r:.40} is no number")
-        if not abs(score) <= sys.float_info.max:  # also true for nan
-            raise ValueError(f"{path}: query {qid}, document {docid}: score {score} is not finite")
-    return {docid: float(score) for docid, score in scores.items()}
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{where}: score {fields[4]!r} is not a finite number")
+    return fields[0], fields[2], score
 
 
 def strictly_decreasing(scores):
-    """The float32 numbers nearest from below to `scores` that decrease strictly, in this order.
+    """float32 numbers near `scores` that decrease strictly: s_i = min(score_i, next below s_{i-1}).
 
-    s_i = min(float32(score_i), the next float32 below s_{i-1}): a list that already decreases is
-    only rounded. Raises ValueError on numbers that float32 cannot hold.
+    A list that decreases already is only rounded. ValueError on numbers that float32 cannot hold.
     """
-    result, limit = [], np.float32(np.inf)
+    result = [np.float32(np.inf)]
     for score in scores:
         with np.errstate(over="ignore"):
-            value = min(np.float32(score), np.nextafter(limit, np.float32(-np.inf)))
-        if not np.isfinite(value):
-            raise ValueError(f"score {score} does not fit into a float32")
-        result.append(value)
-        limit = value
-    return result
+            result.append(min(np.float32(score), np.nextafter(result[-1], np.float32(-np.inf))))
+        if not (math.isfinite(score) and np.isfinite(result[-1])):
+            raise ValueError(f"score {score} does not fit into float32")
+    return [float(value) for value in result[1:]]
 
 
 def write_run(path, rankings, tag="grouprank"):
-    """Write {query id: [(document id, score), ...]}, best first, as a TREC run that reads the same.
+    """Write {query id: [(document id, score), ...]}, best first, as a TREC run that keeps this order.
 
-    Scores are written as `strictly_decreasing` makes them, with all digits, so that every evaluator
-    sees this order, ties or not. Columns are separated by spaces, or by tabs when an id holds spaces.
+    Scores are made `strictly_decreasing` and written with all digits, so that every evaluator sees
+    this order. Spaces separate the columns, or tabs if an id holds a space.
     """
-    ids = itertools.chain(rankings, (doc for ranking in rankings.values() for doc, _ in ranking))
-    spaced = any(re.search(r"\s", name, re.ASCII) for name in ids)
-    if re.search(r"\s", tag):
-        raise ValueError(f"run tag {tag!r} holds a space")
+    names = [tag, *rankings, *(doc for ranking in rankings.values() for doc, _ in ranking)]
+    if bad := [name for name in names if not name.strip() or re.search(r"[\t\r\n]", name)]:
+        raise ValueError(f"{path}: {bad[0]!r} cannot be written: empty, or with a tab or newline")
+    separator = "\t" if any(re.search(r"\s", name) for name in names) else " "
     with open_atomic(path) as file:
         for qid, ranking in rankings.items():
-            if len({doc for doc, _ in ranking}) < len(ranking):
-                raise ValueError(f"query {qid} ranks a document twice")
+            if len(dict(ranking)) < len(ranking):
+                raise ValueError(f"{path}: query {qid} ranks a document twice")
             values = strictly_decreasing(score for _, score in ranking)
-            for rank, ((doc, _), value) in enumerate(zip(ranking, values), start=1):
-                fields = (qid, "Q0", doc, str(rank), repr(float(value)), tag)
-                if not qid or not doc or re.search(r"[\t\r\n]", qid + doc):
-                    raise ValueError(f"id {doc!r} of query {qid!r} is empty or holds a tab or newline")
-                file.write(("\t" if spaced else " ").join(fields) + "\n")
+            for rank, ((doc, _), value) in enumerate(zip(ranking, values, strict=True), start=1):
+                file.write(separator.join((qid, "Q0", doc, str(rank), repr(value), tag)) + "\n")
 
 
 def read_qrels(path):
-    """Read judgements, {query id: {document id: grade}}, as integers.
+    """Read judgements {query id: {document id: grade}}, grades as integers.
 
-    TREC (`qid 0 docid grade`), BEIR (a header `query-id corpus-id score`), by tabs or spaces, plain
-    or gzip, or JSON of that dict. Raises ValueError, naming the line, on anything else and on
-    two different grades for one document.
+    TREC lines `qid 0 docid grade`, or BEIR's three columns with header, by tabs or spaces, plain or
+    gzip; or that dict as JSON. Raises ValueError, naming the line, on anything else and on two
+    different grades for one document.
     """
-    table = read_json_object(path)
-    if table is not None:
-        rows = ((f"{path}: query {q}", q, d, g) for q, docs in table.items() for d, g in docs.items())
-    else:
-        rows = _qrels_rows(path)
-    qrels = {}
-    for where, qid, docid, grade in rows:
-        try:
-            number = int(grade)
-        except ValueError:
-            raise ValueError(f"{where}: grade {grade!r} is not an integer") from None
-        if qrels.setdefault(qid, {}).setdefault(docid, number) != number:
-            raise ValueError(f"{where}: document {docid} of query {qid} has two grades")
+    qrels, n_columns, table = {}, None, read_json_table(path)
+    rows = (((path, [q, d, str(g)]) for q, row in table.items() for d, g in row.items())
+            if table is not None else read_table(path))  # fmt: skip
+    for where, fields in rows:
+        if n_columns is None:  # the first line tells
+            n_columns = min(len(fields), 4)
+            if fields[0] in ("query-id", "query_id", "q_id", "qid"):
+                continue
+        doc, grade = " ".join(fields[n_columns - 2 : -1]), fields[-1]
+        if n_columns < 3 or len(fields) < n_columns or not re.fullmatch(r"[-+]?\d+", grade):
+            raise ValueError(f"{where}: not `qid 0 docid grade` or `qid docid grade`: {fields}")
+        if qrels.setdefault(fields[0], {}).setdefault(doc, int(grade)) != int(grade):
+            raise ValueError(f"{where}: document {doc} of query {fields[0]} has two grades")
     if not qrels:
         raise ValueError(f"{path}: no judgement in the file")
     return qrels
-
-
-def _qrels_rows(path):
-    """Yield (where, qid, docid, grade) of a qrels file with three or four columns."""
-    n_columns = None
-    for number, line in read_lines(path):
-        fields = [field.strip() for field in line.split("\t")]
-        if len(fields) == 1:
-            fields = re.split(r"\s+", line, flags=re.ASCII)
-        if n_columns is None:  # the first line tells: BEIR has three columns, TREC four
-            n_columns = 3 if len(fields) == 3 else 4
-            if n_columns == 3 and fields[0] in ("query-id", "query_id", "q_id", "qid"):
-                continue
-        if len(fields) < n_columns:
-            raise ValueError(f"{path}, line {number}: expected {n_columns} columns: {line!r}")
-        docid = " ".join(fields[n_columns - 2 : -1])  # an id with spaces
-        yield f"{path}, line {number}", fields[0], docid, fields[-1]
 
 
 # --- Collections: BEIR folders --------------------------------------------------------------------
@@ -531,78 +447,66 @@ class Collection:
 
     corpus: dict  # {document id: text}
     queries: dict  # {query id: text}
-    qrels: dict  # {query id: {document id: grade}}, empty without judgements
+    qrels: dict  # {query id: {document id: grade}}; empty without judgements
     excluded: dict  # {query id: {document id, ...}}: never to be retrieved for that query (BRIGHT)
 
 
 def read_collection(folder, queries=None, split="test"):
-    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, excluded.tsv (if present).
+    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, excluded.tsv (if there).
 
-    `queries`: the NAME of rewritten queries, read from queries.NAME.jsonl instead. Without a qrels
-    folder the qrels are empty. Raises ValueError naming file, line or id on missing files or
-    keys, repeated ids, empty documents and queries.
+    `queries`: the NAME of rewritten ones in queries.NAME.jsonl. A folder without qrels has none.
+    ValueError, naming file, line or id, on missing files or keys, repeated ids and empty texts.
     """
     folder = Path(folder)
-    query_file = folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")
-    for needed in (folder / "corpus.jsonl", query_file):
+    corpus, excluded = folder / "corpus.jsonl", folder / "excluded.tsv"
+    texts = folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")
+    judged = [folder / "qrels" / f"{split}.tsv"] if (folder / "qrels").is_dir() else []
+    for needed in (corpus, texts, *judged):
         if not needed.is_file():
-            there = sorted(path.name for path in folder.glob("*.jsonl")) or "no .jsonl file"
-            raise ValueError(f"{needed} is missing: {folder} is not a BEIR folder with it ({there})")
-    qrels_file = folder / "qrels" / f"{split}.tsv"
-    if qrels_file.parent.is_dir() and not qrels_file.is_file():
-        splits = ", ".join(sorted(path.stem for path in qrels_file.parent.glob("*.tsv"))) or "none"
-        raise ValueError(f"{qrels_file} is missing; splits there: {splits}")
-    excluded_file = folder / "excluded.tsv"
-    return Collection(
-        corpus=_read_texts(folder / "corpus.jsonl"),
-        queries=_read_texts(query_file),
-        qrels=read_qrels(qrels_file) if qrels_file.is_file() else {},
-        excluded=read_excluded(excluded_file) if excluded_file.is_file() else {},
-    )
+            files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.[jt]s*"))
+            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files) or 'nothing'}")
+    return Collection(_read_texts(corpus), _read_texts(texts), read_qrels(*judged) if judged else {},
+                      read_excluded(excluded) if excluded.exists() else {})  # fmt: skip
 
 
 def read_jsonl(path):
-    """Yield (line number, object) of a JSON-lines file, plain or gzip; ValueError names the line."""
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        yield number, row
+    """Yield (where, dict) of a file of JSON lines, plain or gzip; ValueError names the bad line."""
+    with open_input(path) as file:
+        for where, text in decode_lines(path, file):
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{where}: not JSON ({error})") from None
+            if not hasattr(row, "keys"):
+                raise ValueError(f"{where}: not a JSON object")
+            yield where, row
 
 
 def _read_texts(path):
-    """{_id: text} of corpus.jsonl or queries.jsonl, the title in front."""
+    """{_id: text} of corpus.jsonl or queries.jsonl, the title in front of the text."""
     texts = {}
-    for number, row in read_jsonl(path):
-        where = f"{path}, line {number}"
-        if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise ValueError(f"{where}: needs the keys `_id` and `text`, both strings")
-        text = join_title(row.get("title"), row["text"])
+    for where, row in read_jsonl(path):
+        doc, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+        if not all(isinstance(value, str) for value in (doc, title, text)):
+            raise ValueError(f"{where}: needs the keys _id and text, both strings")
+        text = "\n".join(part for part in (title.strip(), text) if part)
         if not text.strip():
-            raise ValueError(f"{where}: {row['_id']!r} has no text; fill it in or remove the line")
-        if texts.setdefault(row["_id"], text) is not text:
-            raise ValueError(f"{where}: id {row['_id']!r} appears twice")
+            raise ValueError(f"{where}: {doc!r} has no text; fill it in or remove the line")
+        if doc in texts:
+            raise ValueError(f"{where}: id {doc!r} appears twice; remove one")
+        texts[doc] = text
     if not texts:
         raise ValueError(f"{path} is empty")
     return texts
 
 
-def join_title(title, text):
-    """A document as every part of the project sees it: title, newline, text; or the text alone."""
-    return "\n".join(part for part in ((title or "").strip(), text) if part)
-
-
 def read_excluded(path):
-    """Read excluded.tsv (query-id, corpus-id; a header is skipped): {query id: {document id, ...}}."""
+    """Read excluded.tsv (query-id, tab, corpus-id; a header is skipped): {qid: {docid, ...}}."""
     excluded = {}
-    for number, line in read_lines(path):
-        fields = [field.strip() for field in line.split("\t")]
+    for where, fields in read_table(path):
         if len(fields) != 2:
-            raise ValueError(f"{path}, line {number}: expected query-id, tab, corpus-id: {line!r}")
-        if number > 1 or fields[0] != "query-id":
+            raise ValueError(f"{where}: not `query-id TAB corpus-id`: {fields}")
+        if fields[0] != "query-id":
             excluded.setdefault(fields[0], set()).add(fields[1])
     return excluded
 
@@ -610,72 +514,57 @@ def read_excluded(path):
 def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"):
     """Write a BEIR folder that `read_collection` reads back; files that are there are replaced.
 
-    corpus: {id: text} or {id: (title, text)}, or an iterable of such pairs (any size);
-    queries: {id: text}; qrels: {qid: {docid: grade}}; excluded: {qid: iterable of docids}.
+    corpus: {id: text} or {id: (title, text)}, or an iterator of such pairs (any size);
+    queries: {id: text}; qrels: {qid: {docid: grade}}; excluded: {qid: docids}.
     """
-    folder = Path(folder)
     pairs = corpus.items() if isinstance(corpus, dict) else corpus
     titled = ((doc, ("", text) if isinstance(text, str) else text) for doc, text in pairs)
-    rows = ({"_id": doc, "title": title, "text": text} for doc, (title, text) in titled)
-    write_jsonl(folder / "corpus.jsonl", rows)
-    write_jsonl(folder / "queries.jsonl", ({"_id": q, "text": t} for q, t in queries.items()))
-    write_tsv(
-        folder / "qrels" / f"{split}.tsv",
-        ("query-id", "corpus-id", "score"),
-        ((qid, doc, grade) for qid, docs in qrels.items() for doc, grade in docs.items()),
-    )
+    documents = ({"_id": doc, "title": title, "text": text} for doc, (title, text) in titled)
+    grades = ((qid, doc, grade) for qid, docs in qrels.items() for doc, grade in docs.items())
+    write_lines(f"{folder}/corpus.jsonl", documents)
+    write_lines(f"{folder}/queries.jsonl", ({"_id": q, "text": t} for q, t in queries.items()))
+    write_lines(f"{folder}/qrels/{split}.tsv", [("query-id", "corpus-id", "score"), *grades])
     if excluded:
         pairs = ((qid, doc) for qid, docs in excluded.items() for doc in sorted(docs))
-        write_tsv(folder / "excluded.tsv", ("query-id", "corpus-id"), pairs)
+        write_lines(f"{folder}/excluded.tsv", [("query-id", "corpus-id"), *pairs])
 
 
-def write_jsonl(path, rows):
-    """Write dicts as JSON lines, atomically."""
+def write_lines(path, rows):
+    """Write rows atomically: a dict as a line of JSON, a tuple as tab-separated values."""
     with open_atomic(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def write_tsv(path, header, rows):
-    """Write rows as tab-separated values, atomically; ValueError on a value with tab or newline."""
-    with open_atomic(path) as file:
-        for row in itertools.chain([header], rows):
-            fields = [str(field) for field in row]
-            if any(re.search(r"[\t\r\n]", field) for field in fields):
-                raise ValueError(f"{path}: a value holds a tab or newline: {fields}")
-            file.write("\t".join(fields) + "\n")
+            if isinstance(row, dict):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            elif re.search(r"[\t\r\n]", "".join(values := [str(value) for value in row])):
+                raise ValueError(f"{path}: a value holds a tab or newline: {values}")
+            else:
+                file.write("\t".join(values) + "\n")
 
 
 # --- BM25 -----------------------------------------------------------------------------------------
 
-WORD = re.compile(r"\w+")  # runs of letters, digits and _ of any script
-STOP_WORDS = (  # the 33 English stop words of Lucene's EnglishAnalyzer
+WORD = re.compile(r"\w+")  # lower-cased runs of letters, digits and _, of any script; no stemming
+STOP_WORDS = (  # the 33 of Lucene's EnglishAnalyzer
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with"
-).split()
-
-
-def tokenize(text):
-    """Lower-case words of a text, without stop words; no stemming."""
-    stop = set(STOP_WORDS)
-    return [word for word in WORD.findall(text.lower()) if word not in stop]
+)
 
 
 class BM25:
-    """BM25 as Lucene scores it (without its one-byte document lengths), over a list of texts.
+    """BM25 as Lucene scores it, with exact document lengths, over a list of texts (numbered from 0).
 
-    score(q, d) = sum over words t of q of  idf(t) * tf / (tf + k1 * (1 - b + b * |d| / avg|d|))
-    idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5));  a word that q repeats counts as often
+    score(q, d) = sum over words t of q: idf(t) tf / (tf + k1 (1 - b + b |d| / mean |d|))
+    idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
 
-    Words: `tokenize`. Defaults k1 0.9, b 0.4 are Anserini's, which BRIGHT's baseline uses too (with
-    stemming, so its figures differ a little). The weight of each (word, document) pair is computed
-    when indexing, so that a query only adds up slices. Documents are numbered from 0.
+    k1 0.9 and b 0.4 are Anserini's, and BRIGHT's baseline has them too (with stemming: figures differ
+    a little). A word that the query repeats counts each time. The weight of each (word, document)
+    pair is computed when indexing, so that a query only adds slices of it up.
     """
 
     def __init__(self, texts, k1=0.9, b=0.4):
         self.vocabulary = collections.defaultdict()
         self.vocabulary.default_factory = self.vocabulary.__len__  # a new word gets the next number
-        n_stop = len([self.vocabulary[word] for word in STOP_WORDS])
+        n_stop = len([self.vocabulary[word] for word in STOP_WORDS.split()])
         words, counts = array("i"), []
         for text in texts:
             found = WORD.findall(text.lower())
@@ -683,224 +572,692 @@ class BM25:
             counts.append(len(found))
         if not counts:
             raise ValueError("BM25 needs at least one document")
-        self.vocabulary.default_factory = None
-        self.n_docs = n = len(counts)
+        self.vocabulary.default_factory, self.n_docs = None, len(counts)
 
-        words = np.frombuffer(words, dtype=np.int32) if words else np.zeros(0, np.int32)  # (T,)
-        docs = np.repeat(np.arange(n), counts)  # (T,)
-        docs, words = docs[words >= n_stop], words[words >= n_stop]
-        lengths = np.bincount(docs, minlength=n)
-        pairs = np.sort(words.astype(np.int64) * n + docs)  # equal pairs side by side
-        first = np.flatnonzero(np.diff(pairs, prepend=-1))  # (P,) one posting per (word, document)
+        words = np.array(words, dtype=np.int64)  # (T,)
+        docs = np.repeat(np.arange(self.n_docs), counts)[words >= n_stop]
+        lengths = np.bincount(docs, minlength=self.n_docs)
+        pairs = np.sort(words[words >= n_stop] * self.n_docs + docs)  # equal ones side by side
+        first = np.flatnonzero(np.diff(pairs, prepend=-1))  # (P,): one posting per word and document
         tf = np.diff(first, append=len(pairs))
-        words, self.docs = np.divmod(pairs[first], n)  # sorted by word, then document
+        words, self.docs = np.divmod(pairs[first], self.n_docs)
         df = np.bincount(words, minlength=len(self.vocabulary))
-        idf = np.log1p((n - df + 0.5) / (df + 0.5))
+        idf = np.log1p((self.n_docs - df + 0.5) / (df + 0.5))
         norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
-        self.weights = (idf[words] * tf / (tf + norm[self.docs])).astype(np.float32)
-        self.starts = np.concatenate([[0], np.cumsum(df)])
+        self.weights = (idf[words] * tf / (tf + norm[self.docs])).astype(np.float32)  # (P,)
+        self.starts = np.concatenate([[0], np.cumsum(df)])  # postings of word w: starts[w:w+2]
 
     def scores(self, query):
-        """BM25 of every document for a query text: float32 array of shape (N,), 0 where no word matches."""
+        """The score of every document for a query text: float32, (N,); 0 if they share no word."""
         scores = np.zeros(self.n_docs, dtype=np.float32)
         for word, count in collections.Counter(WORD.findall(query.lower())).items():
-            number = self.vocabulary.get(word)
-            if number is not None:
-                postings = slice(self.starts[number], self.starts[number + 1])
-                scores[self.docs[postings]] += self.weights[postings] * np.float32(count)
+            number = self.vocabulary.get(word, 0)  # 0 is a stop word: no postings
+            postings = slice(self.starts[number], self.starts[number + 1])
+            scores[self.docs[postings]] += self.weights[postings] * np.float32(count)
         return scores
 
     def search(self, query, k):
-        """The best min(k, N) documents: (indices, scores), best first, equal scores by index.
+        """The best min(k, N) documents: (numbers, scores), best first, equal scores by number.
 
-        Documents that share no word with the query come last with score 0.
+        Documents without a shared word have score 0 and come last; k < 1 is a ValueError.
         """
-        scores = self.scores(query)
-        k = min(k, self.n_docs)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        best = np.arange(self.n_docs)
-        if k < self.n_docs:
-            threshold = np.partition(scores, self.n_docs - k)[self.n_docs - k]
-            best = np.flatnonzero(scores >= threshold)
+        scores, k = self.scores(query), min(k, self.n_docs)
+        threshold = np.partition(scores, self.n_docs - k)[self.n_docs - k]
+        best = np.flatnonzero(scores >= threshold)
         best = best[np.argsort(-scores[best], kind="stable")[:k]]
         return best, scores[best]
 
 
-# --- Evaluating a run -----------------------------------------------------------------------------
+# --- Evaluating runs ------------------------------------------------------------------------------
 
-MEASURES = {  # name -> (aliases, does it need a cut-off)
-    "ndcg": ((), False),
-    "recall": (("r",), False),
-    "p": (("precision",), False),
-    "map": (("ap",), False),
-    "mrr": (("rr", "recip_rank"), False),
-    "success": (("hit",), True),
-    "judged": ((), True),
-    "rbo": ((), False),
+MEASURES = {  # name -> f(ranked grades, ranked flags, judged grades, k, level, exponential)
+    "ndcg": lambda g, f, j, k, level, exponential: ndcg(g, j, k, exponential=exponential),
+    "recall": lambda g, f, j, k, level, exponential: recall(g, j, k, level=level),
+    "p": lambda g, f, j, k, level, exponential: precision(g, k, level=level),
+    "map": lambda g, f, j, k, level, exponential: average_precision(g, j, k, level=level),
+    "mrr": lambda g, f, j, k, level, exponential: reciprocal_rank(g, k, level=level),
+    "success": lambda g, f, j, k, level, exponential: success(g, k, level=level),
+    "judged": lambda g, f, j, k, level, exponential: judged(f, k),
 }
 
 
 def parse_metric(text):
-    """("ndcg", 10) of "ndcg@10"; the cut-off is None where there is none (rbo@P: the float P)."""
-    name, _, cut = text.strip().lower().partition("@")
-    names = {alias: name for name, (aliases, _) in MEASURES.items() for alias in (name, *aliases)}
-    if name not in names:
-        raise ValueError(f"unknown metric {text!r}; known: {', '.join(MEASURES)}, with @k")
-    name = names[name]
+    """("ndcg", 10) of "ndcg@10"; (name, None) without a cut-off; ("rbo", p) of "rbo" or "rbo@0.9"."""
+    name, _, cut = text.lower().partition("@")
     try:
-        k = None if not cut else float(cut) if name == "rbo" else int(cut)
+        if name == "rbo" and 0 < float(cut or 0.9) < 1:
+            return name, float(cut or 0.9)
+        if name in MEASURES and (not cut or int(cut) > 0):
+            return name, int(cut) if cut else None
     except ValueError:
-        raise ValueError(f"metric {text!r}: {cut!r} is not a cut-off") from None
-    if (k is None and MEASURES[name][1]) or (k is not None and (k <= 0 or (name == "rbo" and k >= 1))):
-        raise ValueError(f"metric {text!r} needs a cut-off of at least 1, as in {name}@10")
-    return name, k
-
-
-def measure(metric, grades, flags, all_grades, *, level=1, exponential=False):
-    """One metric (a pair of `parse_metric`) of one ranked list; see the functions it calls."""
-    name, k = metric
-    if name == "ndcg":
-        return ndcg(grades, all_grades, k, exponential=exponential)
-    if name == "recall":
-        return recall(grades, all_grades, k, level=level)
-    if name == "p":
-        return precision(grades, k, level=level)
-    if name == "map":
-        return average_precision(grades, all_grades, k, level=level)
-    if name == "mrr":
-        return reciprocal_rank(grades, k, level=level)
-    return success(grades, k, level=level) if name == "success" else judged(flags, k)
+        pass
+    raise ValueError(f"unknown metric {text!r}; there are {', '.join(MEASURES)} (@k) and rbo (@p)")
 
 
 def rank_judged(scores, judgements, ties="trec_eval"):
-    """Where the judged documents of one query stand: arrays (grades, ranks, first, tied), (J,) each.
+    """Where a query's judged documents stand: arrays (grades, ranks, above, tied), each (J,).
 
-    ranks: 0-based, unique; first: the number of documents with a higher score; tied: how many share
-    the score, itself included. Counting, not sorting ids: a judged document's rank is the number of
-    documents above it, and ids matter only inside its own tie.
+    above: documents with a higher score; tied: with the same one, itself included; ranks, from 0:
+    above plus the place within the tie. Counting beats sorting: ids matter inside a tie only.
     """
     values = as_float32(scores)  # (N,)
-    ascending = np.sort(values)
     found = [doc for doc in judgements if doc in scores]
-    with np.errstate(over="ignore"):
-        own = np.array([scores[doc] for doc in found], dtype=np.float64).astype(np.float32)
+    own = as_float32({doc: scores[doc] for doc in found})  # (J,)
+    ascending = np.sort(values)
     above = len(values) - np.searchsorted(ascending, own, side="right")
     tied = len(values) - above - np.searchsorted(ascending, own, side="left")
     ranks = above.copy()
-    if (tied > 1).any():
-        ids = list(scores)
-        for value in set(own[tied > 1].tolist()):
-            members = [ids[i] for i in np.flatnonzero(values == value)]
-            if ties == "trec_eval":
-                members.sort(reverse=True)
-            place = {doc: position for position, doc in enumerate(members)}
-            for j in np.flatnonzero(own == value):
-                ranks[j] += place[found[j]]
+    for value in set(own[tied > 1].tolist()):
+        members = set(np.flatnonzero(values == value).tolist())
+        order = [doc for i, doc in enumerate(scores) if i in members]
+        order = sorted(order, reverse=True) if ties == "trec_eval" else order
+        for j in np.flatnonzero(own == value):
+            ranks[j] += order.index(found[j])
     return np.array([judgements[doc] for doc in found], dtype=float), ranks, above, tied
 
 
-def in_rank_order(n, ranks, values):
-    """A list of n zeros with `values` put at `ranks` (both of shape (J,))."""
+def place(n, ranks, values):
+    """A list of n zeros with `values` at `ranks`: a ranking, from its judged documents alone."""
     ranked = np.zeros(n)
     ranked[ranks] = values
     return ranked.tolist()
 
 
-def evaluate_run(
-    qrels,
-    run,
-    metrics=("ndcg@10",),
-    *,
-    relevance_level=1,
-    complete=False,
-    ties="trec_eval",
-    gain="linear",
-    reference=None,
-):
-    """Every metric of every query: {metric: {query id: value}}, values in [0, 1].
+def evaluate_run(qrels, run, metrics=("ndcg@10",), *, relevance_level=1, complete=False,
+                 ties="trec_eval", gain="linear", reference=None):  # fmt: skip
+    """Each metric of each query: {metric: {query id: value in [0, 1]}}, queries as in the qrels.
 
-    qrels {qid: {docid: grade}}, run {qid: {docid: score}}; queries that both have, in the order of
-    the qrels, or with `complete` all of the qrels, missing ones 0. ties: "trec_eval" (document id,
-    descending) or "first-stage" (order of the run's dict). gain: "linear" or "exponential".
-    reference: the run that `rbo` compares with (no list there: 0). Raises ValueError on unknown
-    names, levels below 1 and scores that are not finite.
+    Queries that both have, or with `complete` all of the qrels, missing ones 0. ties: "trec_eval" or
+    "first-stage" (order of the run's dict); gain: "linear" or "exponential"; reference: the run
+    that rbo compares with. ValueError on unknown names, a level < 1, scores that are not finite.
     """
     if ties not in ("trec_eval", "first-stage") or gain not in ("linear", "exponential"):
         raise ValueError(f"unknown ties {ties!r} or gain {gain!r}")
     if relevance_level < 1:
         raise ValueError(f"the relevance level must be at least 1, got {relevance_level}")
-    parsed = {metric: parse_metric(metric) for metric in metrics}
-    if reference is None and any(name == "rbo" for name, _ in parsed.values()):
-        raise ValueError("rbo compares two runs: give a second one")
+    parsed = [(metric, *parse_metric(metric)) for metric in metrics]
     results = {metric: {} for metric in metrics}
-    for qid, judgements in tqdm(qrels.items(), desc="queries", disable=None, leave=False):
+    for qid, judgements in qrels.items():
         scores = run.get(qid)
-        if scores:
-            try:
-                values, ranks, _, _ = rank_judged(scores, judgements, ties)
-            except ValueError as error:
-                raise ValueError(f"query {qid}: {error}") from None
-            grades = in_rank_order(len(scores), ranks, values)
-            flags = in_rank_order(len(scores), ranks, 1)
-            all_grades = list(judgements.values())
-        elif not complete:
+        if not scores and not complete:
             continue
-        for metric, (name, k) in parsed.items():
+        if scores:
+            values, ranks, _, _ = rank_judged(scores, judgements, ties)
+            ranked = place(len(scores), ranks, values), place(len(scores), ranks, 1)
+        for metric, name, k in parsed:
             if not scores:
                 value = 0.0
             elif name == "rbo":
-                orders = [_ranking(r.get(qid, {}), ties) for r in (run, reference)]
-                value = rank_biased_overlap(*orders, p=k or 0.9)
+                other = (reference or {}).get(qid, {})
+                value = rank_biased_overlap(sort_run(scores, ties), sort_run(other, ties), k)
             else:
-                rules = {"level": relevance_level, "exponential": gain == "exponential"}
-                value = measure((name, k), grades, flags, all_grades, **rules)
+                rules = (k, relevance_level, gain == "exponential")
+                value = MEASURES[name](*ranked, judgements.values(), *rules)
             results[metric][qid] = value
     return results
 
 
-def _ranking(scores, ties):
-    """Document ids best first, under either rule for ties."""
-    if ties == "trec_eval":
-        return sort_run(scores)
-    values = as_float32(scores)
-    ids = list(scores)
-    return [ids[i] for i in np.argsort(-values, kind="stable")]
-
-
-def mean(values):
-    """Arithmetic mean of a dict's values; 0.0 for an empty dict."""
-    return math.fsum(values.values()) / len(values) if values else 0.0
-
-
 def remove_documents(run, excluded=None, identical_ids=False):
-    """A run without excluded documents and, on request, without those named like their query.
+    """(run without excluded documents, their number); the given run is not changed.
 
-    excluded: {qid: {docid, ...}} (BRIGHT); identical_ids: as BEIR's own evaluation does by default.
-    Returns (new run, number of documents removed); the given run is not changed.
+    excluded: {qid: {docid, ...}} (BRIGHT); identical_ids: also those named like their query (BEIR).
     """
     kept, n_removed = {}, 0
     for qid, scores in run.items():
-        unwanted = set((excluded or {}).get(qid, ())) | ({qid} if identical_ids else set())
+        unwanted = {*(excluded or {}).get(qid, ()), *([qid] if identical_ids else [])}
         kept[qid] = {doc: s for doc, s in scores.items() if doc not in unwanted} if unwanted else scores
         n_removed += len(scores) - len(kept[qid])
     return kept, n_removed
 
 
+def order_like(run, first_stage):
+    """The run with each query's documents in the order of another run, those it lacks last."""
+    ordered = {}
+    for qid, scores in run.items():
+        place = {doc: rank for rank, doc in enumerate(sort_run(first_stage.get(qid, {})))}
+        ordered[qid] = {doc: scores[doc] for doc in sorted(scores, key=lambda d: place.get(d, len(place)))}
+    return ordered
+
+
+def mean(values):
+    """The mean of a dict's values; 0.0 for an empty one."""
+    return math.fsum(values.values()) / max(len(values), 1)
+
+
+def tie_report(qrels, run, k=10, *, gain="linear"):
+    """What ties decide in NDCG@k: {"slots", "decided", "worst", "expected", "best"}.
+
+    slots: the first k ranks of every query that both have; decided: those whose document shares its
+    score with another. NDCG@k is given for the worst and the best order of all ties, and as the
+    exact expectation over random orders (`tie_averaged`).
+    """
+    queries = [qid for qid in qrels if run.get(qid)]
+    report = dict.fromkeys(("slots", "decided", "worst", "expected", "best"), 0)
+    for qid in queries:
+        grades = {doc: max(grade, 0) for doc, grade in qrels[qid].items()}
+        gains = {doc: 2.0**g - 1 if gain == "exponential" else float(g) for doc, g in grades.items()}
+        values, ids = as_float32(run[qid]), list(run[qid])
+        last = np.sort(values)[::-1][:k][-1]  # lower scores cannot reach the first k
+        top = [(float(values[i]), gains.get(ids[i], 0.0)) for i in np.flatnonzero(values >= last)]
+        worst = sorted(top, key=lambda pair: (-pair[0], pair[1]))
+        shared = collections.Counter(score for score, _ in top)
+        report["slots"] += len(worst[:k])
+        report["decided"] += sum(shared[score] > 1 for score, _ in worst[:k])
+        orders = {"worst": [g for _, g in worst], "best": [g for _, g in sorted(top, reverse=True)]}
+        orders["expected"] = tie_averaged(*zip(*top, strict=True))
+        for name, ranked in orders.items():
+            report[name] += ndcg(ranked, gains.values(), k) / len(queries)
+    return report
+
+
+# --- Comparing runs -------------------------------------------------------------------------------
+
+
+def t_test_p(t, dof):
+    """Two-sided p-value of Student's t with dof >= 1 degrees of freedom, to about 1e-15.
+
+    1 - A(t|dof), with the finite sums of Abramowitz and Stegun, 26.7.3 (odd) and 26.7.4 (even).
+    """
+    theta, odd = math.atan(abs(t) / math.sqrt(dof)), dof % 2
+    term, total = math.cos(theta) if odd else 1.0, 0.0
+    for i in range(odd + 2, dof + 1, 2):
+        total += term
+        term *= math.cos(theta) ** 2 * (i - 1) / i
+    area = math.sin(theta) * total
+    return max(0.0, 1.0 - (2 / math.pi * (theta + area) if odd else area))
+
+
+def compare_runs(values_a, values_b, *, seed=0, samples=10_000):
+    """Paired comparison b - a of {query id: value}, over the queries that both have.
+
+    {"queries", "difference", "wins", "ties", "losses", "p_randomisation", "p_t", "interval"}: the two-
+    sided tests of a mean difference of 0 (signs flipped at random; Student's t), and the bootstrap
+    percentile interval of 95 % over queries. All equal: both p are 1. One query: p_t is 1.
+    """
+    d = np.array([values_b[qid] - values_a[qid] for qid in values_a if qid in values_b])  # (n,)
+    if (n := len(d)) == 0:
+        raise ValueError("the runs have no query in common")
+    rng, at_least, means = np.random.default_rng(seed), 1, []  # the observed signs count as one
+    for _ in range(samples // 1000):  # in blocks, for memory
+        flipped = rng.choice([-1.0, 1.0], (1000, n)) @ d / n
+        at_least += int((np.abs(flipped) >= abs(d.mean()) - 1e-12).sum())
+        means.append(d[rng.integers(0, n, (1000, n))].mean(axis=1))
+    error = d.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    t = d.mean() / error if error > 0 else math.inf * d.mean() if n > 1 and d.any() else 0.0
+    low, high = np.percentile(means, [2.5, 97.5])
+    wins, losses = int((d > 1e-12).sum()), int((d < -1e-12).sum())
+    return {"queries": n, "difference": float(d.mean()), "wins": wins, "ties": n - wins - losses,
+            "losses": losses, "p_randomisation": at_least / (samples // 1000 * 1000 + 1),
+            "p_t": t_test_p(t, max(n - 1, 1)), "interval": [float(low), float(high)]}  # fmt: skip
+
+
+# --- The paper's benchmarks -----------------------------------------------------------------------
+# Rows as the data sets' cards and loaders count them, and the NDCG@10 that the paper (v3) publishes
+# for reranking the top 100 of the retriever (DIVER-Retriever-4B). BM25: with GPT-4's rewritten
+# queries on BRIGHT (Table 14), with the original ones on R2MED. For BEIR only means are published.
+
+BENCHMARKS = """
+set task queries documents long BM25 retriever ERank-32B ReasonRank-32B GroupRank-7B GroupRank-32B
+bright biology 103 57359 524 53.6 52.5 55.9 53.9 52.7 59.0
+bright earth_science 116 121249 601 54.1 53.6 55.1 47.6 51.0 57.5
+bright economics 103 50220 516 24.3 33.8 35.2 36.3 33.8 39.2
+bright psychology 101 52835 512 38.7 45.2 44.6 52.6 44.5 50.0
+bright robotics 101 61961 508 18.9 28.4 34.1 36.5 32.1 39.1
+bright stackoverflow 117 107081 1858 27.7 30.4 34.5 34.2 33.9 39.0
+bright sustainable_living 108 60792 554 26.3 35.0 41.2 44.5 38.1 42.7
+bright leetcode 142 413932 - 19.3 13.0 14.1 15.2 16.3 14.3
+bright pony 112 7894 577 17.6 14.7 24.4 14.8 17.3 14.9
+bright aops 111 188002 - 3.9 9.8 12.2 5.5 8.7 12.6
+bright theoremqa_questions 194 188002 - 19.2 42.5 36.7 40.6 40.7 39.0
+bright theoremqa_theorems 76 23839 - 20.8 36.3 45.9 45.3 42.4 48.8
+r2med Biology 103 57359 - 19.19 49.3 - - 56.7 59.5
+r2med Bioinformatics 77 47473 - 21.55 60.4 - - 65.4 69.7
+r2med Medical-Sciences 88 34810 - 19.68 57.9 - - 64.2 66.3
+r2med MedXpertQA-Exam 97 61379 - 0.66 18.6 - - 27.3 28.8
+r2med MedQA-Diag 118 56250 - 2.55 22.6 - - 30.5 41.5
+r2med PMC-Treatment 150 28954 - 23.69 58.7 - - 64.6 67.6
+r2med PMC-Clinical 114 60406 - 21.66 44.1 - - 43.2 52.2
+r2med IIYi-Clinical 129 10449 - 12.02 31.8 - - 30.9 32.7
+beir arguana 1406 8674 - - - - - - -
+beir dbpedia-entity 400 4635922 - - - - - - -
+beir nfcorpus 323 3633 - - - - - - -
+beir nq 3452 2681468 - - - - - - -
+beir scidocs 1000 25657 - - - - - - -
+beir mean - - - - 52.9 - - 46.5 55.1
+"""
+
+
+def benchmark_table(benchmark):
+    """{task: {column: number or None}} of one benchmark in BENCHMARKS."""
+    header, *lines = (line.split() for line in BENCHMARKS.strip().splitlines())
+    rows = {line[1]: line[2:] for line in lines if line[0] == benchmark}
+    number = {"-": None}
+    return {task: {c: number.get(v, v) and float(v) for c, v in zip(header[2:], row, strict=True)}
+            for task, row in rows.items()}  # fmt: skip
+
+
+def prepare(name, out, *, source=None, long_documents=False, split="test", check=True):
+    """Make the BEIR folder `out` of a benchmark: bright/TASK, r2med/TASK or beir/NAME.
+
+    From the Hugging Face hub, or from `source`, a local clone of the data set. Empty and repeated
+    documents are left out and counted. ValueError if judged documents are missing or row counts
+    differ from BENCHMARKS (unless `check` is off). Returns a line that says what was written.
+    """
+    benchmark, _, task = name.partition("/")
+    known = benchmark_table(benchmark)
+    if not task or not known or (benchmark != "beir" and task not in known):
+        raise ValueError(f"unknown benchmark {name!r}; there are bright/TASK, r2med/TASK, beir/NAME; "
+                         f"{benchmark} has the tasks: {', '.join(known) or 'none'}")  # fmt: skip
+    load = {"bright": _load_bright, "r2med": _load_r2med, "beir": _load_beir}[benchmark]
+    rows, queries, qrels, excluded, rewritten = load(task, source, long_documents, split)
+    expected = known.get(task, {}) if check and split == "test" else {}
+    n_documents = expected.get("long" if long_documents else "documents")
+    seen, counts = set(), collections.Counter()
+
+    def documents():
+        for doc, title, text in tqdm(rows, desc=name, unit=" documents", disable=None):
+            kind = "repeated" if doc in seen else "kept" if f"{title}{text}".strip() else "empty"
+            counts[kind] += 1
+            seen.add(doc)
+            if kind == "kept":
+                yield doc, (title, text)
+        n_seen, missing = sum(counts.values()), {d for docs in qrels.values() for d in docs} - seen
+        faults = [f"{len(missing)} judged documents are missing: {min(missing)}"] if missing else []
+        for what, n, wanted in (("documents", n_seen, n_documents), ("queries", len(queries), expected.get("queries"))):
+            faults += [f"{n} {what}, not {wanted:.0f}"] if wanted and n != wanted else []
+        if faults and check:
+            raise ValueError(f"{name}: {'; '.join(faults)} (another version? see --skip-checks)")
+
+    write_collection(out, documents(), queries, qrels, excluded, split)
+    for kind, texts in rewritten.items():
+        write_lines(f"{out}/queries.{kind}.jsonl", ({"_id": q, "text": t} for q, t in texts.items()))
+    return (f"{out}: {counts['kept']} documents ({counts['empty']} empty and {counts['repeated']} "
+            f"repeated ones left out), {len(queries)} queries, {sum(map(len, qrels.values()))} "
+            f"judgements, {sum(map(len, excluded.values()))} exclusions, rewritten queries: "
+            f"{', '.join(rewritten) or 'none'}")  # fmt: skip
+
+
+def optional(module):
+    """Import a package that only this command needs; without it, an error names the pip command."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ImportError(f"this needs the package {package}: pip install {package}") from None
+
+
+def _fetch(repo, patterns, source):
+    """The folder with a data set's files: `source`, or what huggingface_hub downloads."""
+    if source is not None:
+        if not Path(source).is_dir():
+            raise ValueError(f"--source {source} is not a folder")
+        return Path(source)
+    hub = optional("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
+    except OSError as error:
+        raise ValueError(f"cannot download {repo}; without network, clone https://huggingface.co/"
+                         f"datasets/{repo} elsewhere and pass --source FOLDER. ({error})") from None
+
+
+def read_rows(folder, stem):
+    """Yield the rows (dicts) of a data set's table STEM: JSON lines or parquet, one file or many."""
+    forms = ("{}.jsonl", "{}.jsonl.gz", "{}.parquet", "{}-*.parquet", "{}/*.jsonl*", "{}/*.parquet")
+    names = [form.format(stem) for form in forms]
+    files = next(filter(None, (sorted(folder.glob(name)) for name in names)), None)
+    if not files:
+        raise ValueError(f"{folder} has none of {', '.join(names)}")
+    for file in files:
+        if file.suffix == ".parquet":
+            for batch in optional("pyarrow.parquet").ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+        else:
+            yield from (row for _, row in read_jsonl(file))
+
+
+def _load_bright(task, source, long_documents, split):
+    """xlangai/BRIGHT: every gold id has grade 1; the folders *_reason hold the rewritten queries."""
+    kind, gold = ("long_documents", "gold_ids_long") if long_documents else ("documents", "gold_ids")
+    parts = [f"{part}/{task}-*" for part in (kind, "examples", "*_reason")]
+    folder = _fetch("xlangai/BRIGHT", parts, source)
+    examples = list(read_rows(folder, f"examples/{task}"))
+    queries = {row["id"]: row["query"] for row in examples}
+    qrels = {row["id"]: {doc: 1 for doc in row[gold] if doc != "N/A"} for row in examples}
+    excluded = {row["id"]: {*row["excluded_ids"]} - {"N/A"} for row in examples}
+    rewritten = {
+        part.name: {row["id"]: row["query"] for row in read_rows(folder, f"{part.name}/{task}")}
+        for part in sorted(folder.glob("*_reason"))
+    }
+    documents = ((row["id"], "", row["content"]) for row in read_rows(folder, f"{kind}/{task}"))
+    return documents, queries, qrels, excluded, rewritten
+
+
+def _load_r2med(task, source, long_documents, split):
+    """R2MED/TASK: corpus and query {id, text}, qrels {q_id, p_id, score} (older: qrels.txt)."""
+    folder, qrels = _fetch(f"R2MED/{task}", None, source), {}
+    queries = {row["id"]: row["text"] for row in read_rows(folder, "query")}
+    if (folder / "qrels.txt").exists():
+        qrels = read_qrels(folder / "qrels.txt")
+    else:
+        for row in read_rows(folder, "qrels"):
+            qrels.setdefault(row["q_id"], {})[row["p_id"]] = int(row["score"])
+    return ((r["id"], "", r["text"]) for r in read_rows(folder, "corpus")), queries, qrels, {}, {}
+
+
+def _load_beir(task, source, long_documents, split):
+    """BeIR/NAME with BeIR/NAME-qrels, or a BEIR folder; only the judged queries are kept."""
+    folder = _fetch(f"BeIR/{task}", None, source)
+    judged_in = folder if source else _fetch(f"BeIR/{task}-qrels", [f"{split}.tsv"], None)
+    apart = judged_in / f"{split}.tsv"
+    qrels = read_qrels(apart if apart.exists() else judged_in / "qrels" / f"{split}.tsv")
+    rows = read_rows(folder, "queries")
+    queries = {row["_id"]: row["text"] for row in rows if row["_id"] in qrels}
+    rows = read_rows(folder, "corpus")
+    return ((r["_id"], r.get("title") or "", r["text"]) for r in rows), queries, qrels, {}, {}
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+CURVES = {  # panel -> keys of metrics.jsonl; what is not there is not drawn
+    "reward": ("reward", "reward/ndcg", "reward/recall", "reward/alignment"),
+    "held-out NDCG@10": ("eval/ndcg@10",),
+    "share of answers or prompts": ("format_ok", "truncated", "zero_spread"),
+    "KL to the reference (nats/token)": ("kl",),
+    "entropy (nats/token)": ("entropy",),
+    "answer length (tokens)": ("completion_tokens",),
+    "loss": ("loss",),
+    "gradient norm": ("grad_norm",),
+}
+
+
+def plot(path, out):
+    """Draw metrics.jsonl (training), sweep.jsonl or a --per-query file (.tsv) into a picture file.
+
+    The suffix of `out` is its format. ValueError if there is nothing to draw.
+    """
+    optional("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if Path(path).suffix == ".tsv":
+        draw, rows = _plot_pair, [fields for _, fields in read_table(path)]
+    else:
+        rows = [row for _, row in read_jsonl(path)]
+        draw = _plot_sweep if "docs_per_group" in (rows or [{}])[0] else _plot_training
+    style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3,
+             "legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    with rc_context(style), open_atomic(out, "wb") as file:
+        figure = Figure(layout="constrained")
+        try:
+            draw(figure, rows)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{path} has nothing to draw or lacks a field ({error})") from None
+        figure.savefig(file, format=Path(out).suffix[1:] or "png", dpi=150)
+
+
+def _plot_training(figure, rows):
+    """A panel per entry of CURVES: every value, thin, and its average over 5 % of the values."""
+    n_sft = max((row["step"] for row in rows if row.get("stage") == "sft"), default=0)
+    panels = {t: [k for k in keys if any(k in row for row in rows)] for t, keys in CURVES.items()}
+    panels = {title: keys for title, keys in panels.items() if keys}
+    n_rows = math.ceil(len(panels) / 2)
+    figure.set_size_inches(6.4, 1.9 * n_rows)
+    axes = figure.subplots(n_rows, 2, squeeze=False).ravel()
+    for axis, (title, keys) in zip(axes, panels.items(), strict=False):
+        for key in keys:
+            points = [(r["step"] + n_sft * (r.get("stage") == "grpo"), r[key]) for r in rows if key in r]
+            x, y = np.array(points, dtype=float).T
+            width = max(1, len(y) // 20)
+            smooth = np.convolve(y, np.ones(width) / width, mode="valid")
+            (line,) = axis.plot(x[width - 1 :], smooth, marker="." if len(y) < 30 else "", label=key)
+            axis.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        if n_sft and any(row.get("stage") == "grpo" for row in rows):
+            axis.axvline(n_sft, color="gray", linestyle=":", linewidth=1)
+        axis.set(title=title, xlabel="step (SFT, then GRPO)" if n_sft else "step")
+        if len(keys) > 1:
+            axis.legend()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+
+
+def _plot_sweep(figure, rows):
+    """NDCG@10 by group size (the paper's Fig. 3) and by rounds (its Fig. 5)."""
+    figure.set_size_inches(6.4, 2.8)
+    names = {"docs_per_group": "documents per group", "rounds": "rounds"}
+    for axis, x, other in zip(figure.subplots(1, 2), names, reversed(names), strict=True):
+        for value in sorted({row[other] for row in rows}):
+            line = sorted((row[x], 100 * row["ndcg@10"]) for row in rows if row[other] == value)
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=f"{value} {names[other]}")
+        axis.set(xlabel=names[x], ylabel="NDCG@10 (0-100)", xticks=sorted({row[x] for row in rows}))
+        axis.legend()
+
+
+def _plot_pair(figure, rows):
+    """Per-query differences of the first two runs in a --per-query file, for its first measure."""
+    metric, values = rows[1][1], {}
+    for run, name, qid, value in rows[1:]:
+        if name == metric:
+            values.setdefault(run, {})[qid] = float(value)
+    (a, first), (b, second) = list(values.items())[:2]
+    differences = sorted((100 * (second[q] - first[q]) for q in first if q in second), reverse=True)
+    wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    figure.set_size_inches(6.4, 2.8)
+    axis = figure.subplots()
+    axis.bar(range(1, len(differences) + 1), differences, width=1.0)
+    axis.axhline(np.mean(differences), color="black", linestyle=":", label="mean difference")
+    axis.set(xlabel="queries, sorted", ylabel=f"{metric}, difference in points",
+             title=f"{b} - {a}: {wins} better, {losses} worse, {len(differences)} queries")  # fmt: skip
+    axis.legend()
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def table(rows, markdown=False):
+    """Rows of strings (the first is the header) as aligned text or as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+             for row in rows]  # fmt: skip
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def published(benchmark, tasks):
+    """The paper's rows {system: {task: NDCG@10}} for these tasks, with the "mean" if it has them all."""
+    known = benchmark_table(benchmark)
+    if unknown := [task for task in tasks if task not in known]:
+        raise ValueError(f"--paper {benchmark} has no task {unknown[0]!r}; name the BEIR folder or the "
+                         f"qrels file after one of: {', '.join(known)}")  # fmt: skip
+    rows = {}
+    for system in list(next(iter(known.values())))[3:]:
+        row = {task: known[task][system] for task in tasks}
+        whole = None not in row.values()
+        rows[system] = {"mean": sum(row.values()) / len(row) if whole else None, **row}
+        if set(tasks) == known.keys() - {"mean"} and not whole:
+            rows[system]["mean"] = known.get("mean", {}).get(system)
+    return {system: row for system, row in rows.items() if any(row.values())}
+
+
+def task_name(qrels_path):
+    """biology of bright/biology/qrels/test.tsv, and of biology.qrels."""
+    path = Path(qrels_path)
+    return path.parent.parent.name if path.parent.name == "qrels" else path.name.partition(".")[0]
+
+
+def run_names(paths):
+    """Short names of run files: the file name without its suffixes, or the whole path where equal."""
+    short = [re.sub(r"(\.run|\.trec|\.txt|\.tsv|\.json|\.gz)+$", "", Path(path).name) for path in paths]
+    return short if len(set(short)) == len(short) else [str(path) for path in paths]
+
+
+def evaluate_files(args, qrels_path, run_paths, names):
+    """All numbers for one qrels file and its runs, as a dict that is the --json output."""
+    qrels = read_qrels(qrels_path)
+    excluded = Path(args.excluded or Path(qrels_path).absolute().parent.parent / "excluded.tsv")
+    excluded = read_excluded(excluded) if args.excluded or excluded.exists() else {}
+    first_stage = read_run(args.first_stage) if args.first_stage else None
+    rules = {"ties": "first-stage" if first_stage else args.ties, "gain": args.gain}
+    rules |= {"complete": args.complete, "relevance_level": args.relevance_level}
+    cut_offs = [k for name, k in map(parse_metric, args.metrics) if name == "ndcg" and k]
+    report = {"qrels": str(qrels_path), "queries": len(qrels), "judgements": sum(map(len, qrels.values())),
+              "rules": {**rules, "ignore_identical_ids": args.ignore_identical_ids}, "runs": {},
+              "coverage": {}, "ties": {}, "comparisons": [], "per_query": {}}  # fmt: skip
+    reference = None
+    for name, path in zip(names, run_paths, strict=True):
+        run, n_removed = remove_documents(read_run(path), excluded, args.ignore_identical_ids)
+        run = order_like(run, first_stage) if first_stage else run
+        if not run.keys() & qrels.keys():
+            raise ValueError(f"{path} and {qrels_path} share no query: the run has {min(run)!r}, "
+                             f"the qrels {min(qrels)!r}")  # fmt: skip
+        reference = reference or run
+        values = evaluate_run(qrels, run, args.metrics, reference=reference, **rules)
+        report["per_query"][name] = values
+        report["runs"][name] = {metric: mean(of) for metric, of in values.items()}
+        report["coverage"][name] = {
+            "scored": len(run.keys() & qrels.keys()),
+            "missing": len(qrels.keys() - run.keys()),
+            "unjudged": len(run.keys() - qrels.keys()),
+            "removed_documents": n_removed,
+        }
+        k = (cut_offs or [10])[0]
+        report["ties"][name] = {"k": k, **tie_report(qrels, run, k, gain=args.gain)}
+    for name, metric in itertools.product(names[1:], args.metrics):
+        if parse_metric(metric)[0] not in ("rbo", "judged"):
+            a, b = (report["per_query"][run][metric] for run in (names[0], name))
+            tests = compare_runs(a, b, seed=args.seed)
+            report["comparisons"].append({"a": names[0], "b": name, "metric": metric, **tests})
+    return report
+
+
+def describe(report):
+    """The lines below a table: what was compared how, what is missing, ties, paired tests."""
+    rules = report["rules"]
+    ties = "document id, descending" if rules["ties"] == "trec_eval" else "first-stage order"
+    yield (f"qrels    {report['qrels']}: {report['queries']} queries, {report['judgements']} judgements")
+    yield (f"rules    ties by {ties}; {rules['gain']} gain; relevant from grade {rules['relevance_level']}; "
+           f"mean over {'all judged queries (--complete)' if rules['complete'] else 'queries in both'}"
+           + ("; documents named like their query ignored" if rules["ignore_identical_ids"] else ""))
+    for name, n in report["coverage"].items():
+        yield (f"queries  {name}: {n['scored']} scored, {n['missing']} judged ones missing in the run, "
+               f"{n['unjudged']} of the run without judgements"
+               + (f"; {n['removed_documents']} excluded documents removed" * bool(n["removed_documents"])))
+    for name, n in report["ties"].items():
+        yield (f"ties     {name}: {n['decided']} of {n['slots']} top-{n['k']} slots decided by a tie-break; "
+               f"ndcg@{n['k']} over all tie-breaks {100 * n['worst']:.2f} to {100 * n['best']:.2f}, "
+               f"expected {100 * n['expected']:.2f}")  # fmt: skip
+    for c in report["comparisons"]:
+        low, high = (100 * limit for limit in c["interval"])
+        yield (f"paired   {c['b']} - {c['a']}, {c['metric']}: {100 * c['difference']:+.2f} "
+               f"[{low:+.2f}, {high:+.2f}]; {c['wins']} wins, {c['ties']} ties, {c['losses']} losses; "
+               f"p = {c['p_randomisation']:.4f} (randomisation), {c['p_t']:.4f} (t-test)")  # fmt: skip
+
+
+def print_reports(args, reports, names):
+    """Print one report, or the table by task of several, in the form that was asked for."""
+    by_task = {name: {task: r["runs"][name][args.metrics[0]] for task, r in reports.items()} for name in names}
+    runs = {name: {m: mean({t: r["runs"][name][m] for t, r in reports.items()}) for m in args.metrics}
+            for name in names}  # fmt: skip
+    paper = published(args.paper, list(reports)) if args.paper else {}
+    if args.json:
+        single = len(reports) == 1
+        output = next(iter(reports.values())) if single else {"runs": runs, "tasks": reports}
+        print(json.dumps({**output, "published": paper} if paper else output, indent=1))
+        return
+    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
+    rows = [["run", *args.metrics], *([n, *(number(100 * v) for v in runs[n].values())] for n in names)]
+    if len(reports) > 1 or paper:
+        rows = [[args.metrics[0], "mean", *reports]]
+        rows += [[n, number(100 * mean(v)), *(number(100 * x) for x in v.values())] for n, v in by_task.items()]
+        rows += [[f"{n} (published)", *map(number, row.values())] for n, row in paper.items()]
+    print(table(rows, args.markdown))
+    for report in reports.values():
+        print("", *describe(report), sep="\n- " if args.markdown else "\n")
+
+
 # --- Command line ---------------------------------------------------------------------------------
+
+
+def build_parser():
+    """The options, in the groups that --help shows."""
+    usage = "\n".join(line for line in __doc__.splitlines() if "python evaluate.py" in line)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("evaluate runs")
+    group.add_argument("--qrels", nargs="+", metavar="FILE", help="judgements: TREC, BEIR tsv or JSON; "
+                       "several tasks at once if --run holds {task}")
+    group.add_argument("--run", nargs="+", metavar="FILE", action="extend", help="runs: TREC or JSON, plain or "
+                       "gzip; the first one is what the others are compared with")
+    group.add_argument("--metrics", nargs="+", metavar="M", default=["ndcg@10", "recall@100", "map", "mrr@10"],
+                       help="ndcg recall p map mrr success judged (@k), rbo (@p, with the first run)")
+    group.add_argument("--complete", action="store_true", help="mean over all judged queries, missing = 0")
+    group.add_argument("--ties", choices=["trec_eval", "first-stage"], default="trec_eval", help="equal "
+                       "scores: by document id, or in the order of the run file's lines")
+    group.add_argument("--first-stage", metavar="FILE", help="ties in the order of this run instead")
+    group.add_argument("--gain", choices=["linear", "exponential"], default="linear", help="of NDCG")
+    group.add_argument("--relevance-level", type=int, default=1, metavar="N", help="relevant from this grade")
+    group.add_argument("--ignore-identical-ids", action="store_true", help="drop documents named like "
+                       "their query, as BEIR does")
+    group.add_argument("--excluded", metavar="FILE", help="documents to remove before scoring (default: "
+                       "excluded.tsv beside the qrels folder)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print everything as JSON, fractions 0-1")
+    group.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    group.add_argument("--paper", choices=["bright", "r2med", "beir"], help="add the paper's NDCG@10")
+    group.add_argument("--per-query", metavar="FILE", help="also write a .tsv of run, measure, query, value")
+    group.add_argument("--out", metavar="PATH", help="of --prepare (a folder) or --plot (a picture)")
+    group.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    group.add_argument("--seed", type=int, default=0, help="of the randomisation and bootstrap tests")
+    group = parser.add_argument_group("prepare a benchmark as a BEIR folder")
+    group.add_argument("--prepare", metavar="NAME", help="bright/TASK, r2med/TASK (or /all), beir/NAME")
+    group.add_argument("--source", metavar="FOLDER", help="a local clone, instead of the Hugging Face hub")
+    group.add_argument("--long-documents", action="store_true", help="BRIGHT's long documents")
+    group.add_argument("--split", default="test", help="of BEIR's judgements")
+    group.add_argument("--skip-checks", action="store_true", help="accept other row counts")
+    group = parser.add_argument_group("draw a picture")
+    group.add_argument("--plot", metavar="FILE", help="metrics.jsonl, sweep.jsonl or a --per-query .tsv")
+    return parser
 
 
 def main():
     """Parse the command line and run one of the three commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--qrels", required=True)
-    parser.add_argument("--run", nargs="+", required=True)
-    parser.add_argument("--metrics", nargs="+", default=["ndcg@10"])
+    parser = build_parser()
     args = parser.parse_args()
-    qrels = read_qrels(args.qrels)
-    for path in args.run:
-        values = evaluate_run(qrels, read_run(path), args.metrics)
-        print(path, *(f"{metric} {100 * mean(v):.2f}" for metric, v in values.items()))
+    if args.prepare:
+        benchmark, _, task = args.prepare.partition("/")
+        tasks = list(benchmark_table(benchmark)) if task == "all" else [task]
+        for task in tasks:
+            out = Path(args.out or f"data/{benchmark}/{args.prepare.partition('/')[2]}")
+            out = out / task if len(tasks) > 1 else out
+            refuse_overwrite(out, args.overwrite)
+            print(f"{benchmark}/{task}: from {args.source or 'the Hugging Face hub'} to {out}", flush=True)
+            print(prepare(f"{benchmark}/{task}", out, source=args.source, split=args.split,
+                          long_documents=args.long_documents, check=not args.skip_checks))  # fmt: skip
+    elif args.plot:
+        out = args.out or str(Path(args.plot).with_suffix(".png"))
+        refuse_overwrite(out, args.overwrite)
+        plot(args.plot, out)
+        print(f"drew {out}")
+    elif args.qrels and args.run:
+        names, reports = run_names(args.run), {}
+        if args.per_query:
+            refuse_overwrite(args.per_query, args.overwrite)
+        for qrels in args.qrels:
+            task = task_name(qrels)
+            paths = [path.replace("{task}", task) for path in args.run]
+            reports[task] = evaluate_files(args, qrels, paths, names)
+        values = [report.pop("per_query") for report in reports.values()]
+        if args.per_query:
+            rows = ((run, metric, qid, repr(value)) for report in values for run, of in report.items()
+                    for metric, by_query in of.items() for qid, value in by_query.items())  # fmt: skip
+            write_lines(args.per_query, [("run", "metric", "query-id", "value"), *rows])
+        print_reports(args, reports, names)
+    else:
+        parser.error("nothing to do: give --qrels and --run, --prepare or --plot")
 
 
 if __name__ == "__main__":
