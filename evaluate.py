@@ -13,8 +13,8 @@ evaluating runs - comparing runs - the paper's benchmarks - pictures - tables - 
 
 Choices; each is trec_eval's convention unless it says otherwise:
  1. Order: score descending, then document id descending, as bytes. Scores are compared as float32,
-    as trec_eval keeps them; the rank column is ignored. `--ties first-stage` keeps equal scores in
-    the order of the run's lines instead, or in the order of the run given with `--first-stage`.
+    as trec_eval keeps them; the rank column is ignored. With `--ties first-stage`, equal scores
+    keep the order of the run's lines: a reranker lists its candidates in first-stage order.
  2. NDCG: linear gain, discount log2(rank + 1) (the paper's Eq. 9); `--gain exponential` is
     2^grade - 1. No judgement or a negative grade: gain 0. No relevant document: the query scores 0.
  3. Means run over the queries that both files have; `--complete` (trec_eval -c) over all judged
@@ -33,7 +33,6 @@ import importlib
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import sys
@@ -136,17 +135,13 @@ def precision(ranked_grades, k=None, *, level=1):
 def average_precision(ranked_grades, judged_grades, k=None, *, level=1):
     """AP@k = sum of P@i over the relevant ranks i <= k / all relevant; none relevant: 0.0."""
     relevant = sum(float(grade) >= level for grade in judged_grades)
-    found, total = 0, 0.0
-    for rank, grade in enumerate(ranked_grades[:k], start=1):
-        if float(grade) >= level:
-            found += 1
-            total += found / rank
-    return total / relevant if relevant else 0.0
+    hits = [rank for rank, grade in enumerate(ranked_grades[:k], start=1) if grade >= level]
+    return sum(n / rank for n, rank in enumerate(hits, start=1)) / relevant if relevant else 0.0
 
 
 def reciprocal_rank(ranked_grades, k=None, *, level=1):
     """RR@k = 1 / rank of the first document with grade >= level; none in the first k: 0.0."""
-    hits = (rank for rank, grade in enumerate(ranked_grades[:k], 1) if float(grade) >= level)
+    hits = (rank for rank, grade in enumerate(ranked_grades[:k], 1) if grade >= level)
     return 1.0 / next(hits, math.inf)
 
 
@@ -245,38 +240,35 @@ def minmax(values):
 
 # --- Run and qrels files --------------------------------------------------------------------------
 
-CHUNK = 1 << 22  # bytes read at a time: bounds the memory for words (1 to 16 MiB are alike)
 RUN_LINE = [  # a line of more than six words: the id takes as many of them as it can, or as few
     re.compile(rf"(\S+)\s+(\S+)\s+(\S.*{lazy})\s+([-+]?\d+)\s+([-+.\deE]+)\s+(\S.*)", re.ASCII)
     for lazy in ("", "?")
 ]
 
 
-def open_input(path):
-    """Open a file for reading bytes; gzip (known by its first bytes) is unpacked on the fly."""
+@contextlib.contextmanager
+def numbered_lines(path):
+    """Yield the lines of a UTF-8 text file, plain or gzip; ValueErrors get its name and the line."""
+    position = [0]
+
+    def lines(file):
+        for position[0], line in enumerate(file, start=1):  # noqa: B020
+            yield line
+
     with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else open(path, "rb")  # noqa: SIM115
-
-
-def decode_lines(path, lines, start=1):
-    """Yield ("path, line n", text) of the lines (bytes) that are not blank; they must be UTF-8."""
-    for number, line in enumerate(lines, start):
-        where = f"{path}, line {number}"
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{where}: not UTF-8 text") from None
-        if text:
-            yield where, text
+            yield lines(file)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}, line {position[0]}: {error}") from None
 
 
-def read_table(path):
-    """Yield (where, fields) of each line: split at tabs, or at spaces in a line without tabs."""
-    with open_input(path) as file:
-        for where, text in decode_lines(path, file):
-            tabs = [field.strip() for field in text.split("\t")]
-            yield where, tabs if len(tabs) > 1 else re.split(r"\s+", text, flags=re.ASCII)
+def split_fields(line):
+    """The stripped fields of a line: between tabs, or between spaces if it has no tab."""
+    if "\t" in line:
+        return [field.strip() for field in line.strip(" \r\n").split("\t")]
+    return line.split() if line.isascii() else re.split(r"[ \r\n]+", line.strip(" \r\n"))
 
 
 def read_json_table(path):
@@ -288,17 +280,15 @@ def read_json_table(path):
             raise ValueError(f"id {repeated} appears twice")
         return mapping
 
-    with open_input(path) as file:
-        if not file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+    with numbered_lines(path) as lines:
+        first = next((line for line in lines if line.strip()), "")
+        if not first.lstrip().startswith("{"):
             return None
-        try:
-            table = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=unique)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    for qid, row in table.items():
-        for doc, value in row.items() if isinstance(row, dict) else [("?", row)]:
-            if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-                raise ValueError(f"{path}: query {qid}, document {doc}: {value!r} is no finite number")
+        table = json.loads(first + "".join(lines), object_pairs_hook=unique)
+        for qid, row in table.items():
+            for doc, value in row.items() if isinstance(row, dict) else [("?", row)]:
+                if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+                    raise ValueError(f"query {qid}, document {doc}: {value!r} is no finite number")
     return table
 
 
@@ -306,78 +296,44 @@ def read_run(path):
     """Read a run {query id: {document id: score}}, in the order of the file.
 
     TREC lines `qid Q0 docid rank score tag`, by tabs or spaces, plain or gzip; or that dict as JSON.
-    Ids and tags may hold spaces where the line stays decidable. Raises ValueError, naming file and
-    line or ids, on malformed lines, scores that are not finite, and documents listed twice.
+    Ids and tags may hold spaces where the line stays decidable. Raises ValueError, naming file, line
+    and ids, on malformed lines, scores that are not finite, and documents listed twice.
     """
-    run, intern = {}, {}  # intern: one string per document id, not one per line
-    for qids, docs, scores in _run_columns(path):
-        docs = list(map(intern.setdefault, docs, docs))
-        changes = itertools.compress(itertools.count(1), map(operator.ne, qids, qids[1:]))
-        for start, stop in itertools.pairwise([0, *changes, len(qids)]):  # lines of one query
-            ids, known = docs[start:stop], run.setdefault(qids[start], {})
-            block = dict(zip(ids, scores[start:stop], strict=True))
-            if len(block) < len(ids) or not known.keys().isdisjoint(block):
-                count = collections.Counter(ids)
-                twice = [doc for doc in block if doc in known or count[doc] > 1]
-                raise ValueError(f"{path}: query {qids[start]} lists twice: {', '.join(twice[:5])}")
-            known.update(block)
+    table = read_json_table(path)
+    run = {qid: {doc: float(s) for doc, s in row.items()} for qid, row in (table or {}).items()}
+    last, tag = None, None
+    with numbered_lines(path) as lines:
+        for line in lines if table is None else ():
+            fields = line.split()
+            if len(fields) != 6 or not line.isascii():
+                if not fields:
+                    continue
+                fields = _split_run_line(line, tag)
+            qid, _, doc, _, score, tag = fields
+            if qid != last:
+                last, scores = qid, run.setdefault(qid, {})
+            if doc in scores:
+                raise ValueError(f"query {qid} lists document {doc} a second time")
+            scores[doc] = value = float(score)
+            if not math.isfinite(value):
+                raise ValueError(f"score {score} is not a finite number")
     if not run:
         raise ValueError(f"{path}: the run is empty")
     return run
 
 
-def _run_columns(path):
-    """Yield (qids, docids, scores), three sequences, of one chunk of a run file after the other."""
-    table, n_lines, tags = read_json_table(path), 0, set()
-    for qid, row in (table or {}).items():
-        yield [qid] * len(row), list(row), list(map(float, row.values()))
-    with open_input(path) as file:
-        while table is None and (chunk := file.read(CHUNK) + file.readline()):
-            columns = _plain_columns(chunk)
-            if columns is None:  # line by line: ids with spaces, other scripts, and all errors
-                rows = decode_lines(path, chunk.split(b"\n"), n_lines + 1)
-                columns = tuple(zip(*(_split_run_line(*row, tags) for row in rows), strict=True))
-            if columns:
-                yield columns
-            n_lines += chunk.count(b"\n")
-
-
-def _plain_columns(chunk):
-    """Columns of a chunk in which every line is six ASCII words, or None.
-
-    Everything is split at once; a mark put at each line's end must come back as every seventh word.
-    """
-    if not chunk.isascii() or b"\0" in chunk:
-        return None
-    words = (chunk.decode("ascii").rstrip("\n") + "\n").replace("\n", " \0 ").split()
-    if len(words) % 7 or words[6::7].count("\0") * 7 != len(words):
-        return None
-    try:
-        scores = list(map(float, words[4::7]))
-    except ValueError:
-        return None
-    return (words[0::7], words[2::7], scores) if np.isfinite(scores).all() else None
-
-
-def _split_run_line(where, text, tags):
-    """(qid, docid, score) of one line; `tags` collects the tags seen, to settle doubtful lines."""
-    fields = [field.strip() for field in text.split("\t", 5)]
-    fields = fields if len(fields) == 6 else re.split(r"\s+", text, flags=re.ASCII)
-    if len(fields) != 6:
-        readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(text))}
-        if len(readings) > 1:
-            readings = {reading for reading in readings if reading[5] in tags}
-        if len(readings) != 1:
-            raise ValueError(f"{where}: not six columns `qid Q0 docid rank score tag`: {text!r:.200}")
-        fields = readings.pop()
-    tags.add(fields[5])
-    try:
-        score = float(fields[4])
-    except ValueError:
-        score = math.nan
-    if not math.isfinite(score):
-        raise ValueError(f"{where}: score {fields[4]!r} is not a finite number")
-    return fields[0], fields[2], score
+def _split_run_line(line, last_tag):
+    """The six fields of a line with more words; two readings are settled by the tag of the last line."""
+    fields = [field.strip() for field in line.strip(" \r\n").split("\t", 5)]
+    fields = fields if len(fields) == 6 else re.split(r"\s+", line.strip(), flags=re.ASCII)
+    if len(fields) == 6:
+        return fields
+    readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(line.strip()))}
+    if len(readings) > 1:
+        readings = {reading for reading in readings if reading[5] == last_tag}
+    if len(readings) != 1:
+        raise ValueError(f"not six columns `qid Q0 docid rank score tag`: {line.strip()!r:.200}")
+    return readings.pop()
 
 
 def strictly_decreasing(scores):
@@ -420,19 +376,21 @@ def read_qrels(path):
     gzip; or that dict as JSON. Raises ValueError, naming the line, on anything else and on two
     different grades for one document.
     """
-    qrels, n_columns, table = {}, None, read_json_table(path)
-    rows = (((path, [q, d, str(g)]) for q, row in table.items() for d, g in row.items())
-            if table is not None else read_table(path))  # fmt: skip
-    for where, fields in rows:
-        if n_columns is None:  # the first line tells
-            n_columns = min(len(fields), 4)
-            if fields[0] in ("query-id", "query_id", "q_id", "qid"):
+    table, qrels, n_columns = read_json_table(path), {}, None
+    with numbered_lines(path) as lines:
+        rows = ([q, doc, str(grade)] for q, row in (table or {}).items() for doc, grade in row.items())
+        for fields in rows if table is not None else map(split_fields, lines):
+            if not any(fields):
                 continue
-        doc, grade = " ".join(fields[n_columns - 2 : -1]), fields[-1]
-        if n_columns < 3 or len(fields) < n_columns or not re.fullmatch(r"[-+]?\d+", grade):
-            raise ValueError(f"{where}: not `qid 0 docid grade` or `qid docid grade`: {fields}")
-        if qrels.setdefault(fields[0], {}).setdefault(doc, int(grade)) != int(grade):
-            raise ValueError(f"{where}: document {doc} of query {fields[0]} has two grades")
+            if n_columns is None:  # the first line tells three columns from four
+                n_columns = min(len(fields), 4)
+                if fields[0] in ("query-id", "query_id", "q_id", "qid"):
+                    continue
+            doc, grade = " ".join(fields[n_columns - 2 : -1]), fields[-1]
+            if n_columns < 3 or len(fields) < n_columns or not grade.lstrip("+-").isdecimal():
+                raise ValueError(f"not `qid 0 docid grade` or `qid docid grade`: {fields}")
+            if qrels.setdefault(fields[0], {}).setdefault(doc, int(grade)) != int(grade):
+                raise ValueError(f"document {doc} of query {fields[0]} has two different grades")
     if not qrels:
         raise ValueError(f"{path}: no judgement in the file")
     return qrels
@@ -464,32 +422,30 @@ def read_collection(folder, queries=None, split="test"):
     for needed in (corpus, texts, *judged):
         if not needed.is_file():
             files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.[jt]s*"))
-            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files) or 'nothing'}")
+            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files[:9]) or 'nothing'}")
     return Collection(_read_texts(corpus), _read_texts(texts), read_qrels(*judged) if judged else {},
                       read_excluded(excluded) if excluded.exists() else {})  # fmt: skip
 
 
 def read_jsonl(path):
-    """Yield (where, dict) of a file of JSON lines, plain or gzip; ValueError names the bad line."""
-    with open_input(path) as file:
-        for where, text in decode_lines(path, file):
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
-            if not hasattr(row, "keys"):
-                raise ValueError(f"{where}: not a JSON object")
-            yield where, row
+    """Yield the dicts of a file of JSON lines, plain or gzip; ValueError names the bad line."""
+    with numbered_lines(path) as lines:
+        for line in lines:
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")  # noqa: TRY004
+            if row:
+                yield row
 
 
 def _read_texts(path):
     """{_id: text} of corpus.jsonl or queries.jsonl, the title in front of the text."""
     texts = {}
-    for where, row in read_jsonl(path):
-        doc, title, text = row.get("_id"), row.get("title") or "", row.get("text")
-        if not all(isinstance(value, str) for value in (doc, title, text)):
+    for number, row in enumerate(read_jsonl(path), start=1):
+        where, doc, title = f"{path}, document {number}", row.get("_id"), row.get("title") or ""
+        if not all(isinstance(value, str) for value in (doc, title, row.get("text"))):
             raise ValueError(f"{where}: needs the keys _id and text, both strings")
-        text = "\n".join(part for part in (title.strip(), text) if part)
+        text = "\n".join(part for part in (title.strip(), row["text"]) if part)
         if not text.strip():
             raise ValueError(f"{where}: {doc!r} has no text; fill it in or remove the line")
         if doc in texts:
@@ -503,11 +459,12 @@ def _read_texts(path):
 def read_excluded(path):
     """Read excluded.tsv (query-id, tab, corpus-id; a header is skipped): {qid: {docid, ...}}."""
     excluded = {}
-    for where, fields in read_table(path):
-        if len(fields) != 2:
-            raise ValueError(f"{where}: not `query-id TAB corpus-id`: {fields}")
-        if fields[0] != "query-id":
-            excluded.setdefault(fields[0], set()).add(fields[1])
+    with numbered_lines(path) as lines:
+        for fields in filter(any, map(split_fields, lines)):
+            if len(fields) != 2:
+                raise ValueError(f"not `query-id TAB corpus-id`: {fields}")
+            if fields[0] != "query-id":
+                excluded.setdefault(fields[0], set()).add(fields[1])
     return excluded
 
 
@@ -612,7 +569,7 @@ class BM25:
 
 # --- Evaluating runs ------------------------------------------------------------------------------
 
-MEASURES = {  # name -> f(ranked grades, ranked flags, judged grades, k, level, exponential)
+MEASURES = {  # name -> f(ranked grades, ranked judged flags, all judged grades, k, level, exponential)
     "ndcg": lambda g, f, j, k, level, exponential: ndcg(g, j, k, exponential=exponential),
     "recall": lambda g, f, j, k, level, exponential: recall(g, j, k, level=level),
     "p": lambda g, f, j, k, level, exponential: precision(g, k, level=level),
@@ -637,32 +594,25 @@ def parse_metric(text):
 
 
 def rank_judged(scores, judgements, ties="trec_eval"):
-    """Where a query's judged documents stand: arrays (grades, ranks, above, tied), each (J,).
+    """Grades (N,) of a ranking by score, 0 where unjudged, and flags (N,), 1 where judged; as lists.
 
-    above: documents with a higher score; tied: with the same one, itself included; ranks, from 0:
-    above plus the place within the tie. Counting beats sorting: ids matter inside a tie only.
+    A judged document's rank is the number of documents above it, plus its place within its tie:
+    counting beats sorting, because document ids matter inside a tie only.
     """
-    values = as_float32(scores)  # (N,)
-    found = [doc for doc in judgements if doc in scores]
-    own = as_float32({doc: scores[doc] for doc in found})  # (J,)
+    values, ids = as_float32(scores), None
     ascending = np.sort(values)
-    above = len(values) - np.searchsorted(ascending, own, side="right")
-    tied = len(values) - above - np.searchsorted(ascending, own, side="left")
-    ranks = above.copy()
-    for value in set(own[tied > 1].tolist()):
-        members = set(np.flatnonzero(values == value).tolist())
-        order = [doc for i, doc in enumerate(scores) if i in members]
-        order = sorted(order, reverse=True) if ties == "trec_eval" else order
-        for j in np.flatnonzero(own == value):
-            ranks[j] += order.index(found[j])
-    return np.array([judgements[doc] for doc in found], dtype=float), ranks, above, tied
-
-
-def place(n, ranks, values):
-    """A list of n zeros with `values` at `ranks`: a ranking, from its judged documents alone."""
-    ranked = np.zeros(n)
-    ranked[ranks] = values
-    return ranked.tolist()
+    grades, flags = [0] * len(values), [0] * len(values)
+    found = {doc: scores[doc] for doc in judgements if doc in scores}
+    own = as_float32(found)
+    above = (len(values) - ascending.searchsorted(own, side="right")).tolist()
+    below = ascending.searchsorted(own, side="left").tolist()
+    for doc, value, rank, n_below in zip(found, own, above, below, strict=True):
+        if len(values) - rank - n_below > 1:  # a tie
+            ids = ids or list(scores)
+            tied = [ids[i] for i in np.flatnonzero(values == value)]
+            rank += (sorted(tied, reverse=True) if ties == "trec_eval" else tied).index(doc)
+        grades[rank], flags[rank] = judgements[doc], 1
+    return grades, flags
 
 
 def evaluate_run(qrels, run, metrics=("ndcg@10",), *, relevance_level=1, complete=False,
@@ -683,9 +633,7 @@ def evaluate_run(qrels, run, metrics=("ndcg@10",), *, relevance_level=1, complet
         scores = run.get(qid)
         if not scores and not complete:
             continue
-        if scores:
-            values, ranks, _, _ = rank_judged(scores, judgements, ties)
-            ranked = place(len(scores), ranks, values), place(len(scores), ranks, 1)
+        ranked = rank_judged(scores, judgements, ties) if scores else None
         for metric, name, k in parsed:
             if not scores:
                 value = 0.0
@@ -712,47 +660,41 @@ def remove_documents(run, excluded=None, identical_ids=False):
     return kept, n_removed
 
 
-def order_like(run, first_stage):
-    """The run with each query's documents in the order of another run, those it lacks last."""
-    ordered = {}
-    for qid, scores in run.items():
-        place = {doc: rank for rank, doc in enumerate(sort_run(first_stage.get(qid, {})))}
-        ordered[qid] = {doc: scores[doc] for doc in sorted(scores, key=lambda d: place.get(d, len(place)))}
-    return ordered
+def tie_report(qrels, run, k=10, *, gain="linear"):
+    """What ties decide in NDCG@k: {"k", "slots", "decided", "worst", "expected", "best"}.
+
+    slots: the first k ranks of every query that both have; decided: those whose document shares its
+    score with another. NDCG@k is the mean for the worst and the best order of all ties, and the
+    exact expectation over random orders (`tie_averaged`).
+    """
+    queries = [qid for qid in qrels if run.get(qid)]
+    report = {"k": k, "slots": 0, "decided": 0, "worst": 0.0, "expected": 0.0, "best": 0.0}
+    for qid in queries:
+        gains = {doc: float(max(grade, 0)) for doc, grade in qrels[qid].items()}
+        if gain == "exponential":
+            gains = {doc: 2.0**value - 1.0 for doc, value in gains.items()}
+        values, ids = as_float32(run[qid]), list(run[qid])
+        last = np.sort(values)[-k:][0]  # documents with lower scores cannot reach the first k
+        top = [(float(values[i]), gains.get(ids[i], 0.0)) for i in np.flatnonzero(values >= last)]
+        scores, own = zip(*sorted(top, reverse=True), strict=True)
+        shared = collections.Counter(scores)
+        report["slots"] += len(scores[:k])
+        report["decided"] += sum(shared[score] > 1 for score in scores[:k])
+        orders = {"best": own, "worst": own, "expected": own}
+        if len(shared) < len(scores):
+            orders["worst"] = [g for _, g in sorted(top, key=lambda pair: (-pair[0], pair[1]))]
+            orders["expected"] = tie_averaged(scores, own)
+        for order, ranked in orders.items():
+            report[order] += ndcg(ranked, gains.values(), k) / len(queries)
+    return report
+
+
+# --- Comparing runs -------------------------------------------------------------------------------
 
 
 def mean(values):
     """The mean of a dict's values; 0.0 for an empty one."""
     return math.fsum(values.values()) / max(len(values), 1)
-
-
-def tie_report(qrels, run, k=10, *, gain="linear"):
-    """What ties decide in NDCG@k: {"slots", "decided", "worst", "expected", "best"}.
-
-    slots: the first k ranks of every query that both have; decided: those whose document shares its
-    score with another. NDCG@k is given for the worst and the best order of all ties, and as the
-    exact expectation over random orders (`tie_averaged`).
-    """
-    queries = [qid for qid in qrels if run.get(qid)]
-    report = dict.fromkeys(("slots", "decided", "worst", "expected", "best"), 0)
-    for qid in queries:
-        grades = {doc: max(grade, 0) for doc, grade in qrels[qid].items()}
-        gains = {doc: 2.0**g - 1 if gain == "exponential" else float(g) for doc, g in grades.items()}
-        values, ids = as_float32(run[qid]), list(run[qid])
-        last = np.sort(values)[::-1][:k][-1]  # lower scores cannot reach the first k
-        top = [(float(values[i]), gains.get(ids[i], 0.0)) for i in np.flatnonzero(values >= last)]
-        worst = sorted(top, key=lambda pair: (-pair[0], pair[1]))
-        shared = collections.Counter(score for score, _ in top)
-        report["slots"] += len(worst[:k])
-        report["decided"] += sum(shared[score] > 1 for score, _ in worst[:k])
-        orders = {"worst": [g for _, g in worst], "best": [g for _, g in sorted(top, reverse=True)]}
-        orders["expected"] = tie_averaged(*zip(*top, strict=True))
-        for name, ranked in orders.items():
-            report[name] += ndcg(ranked, gains.values(), k) / len(queries)
-    return report
-
-
-# --- Comparing runs -------------------------------------------------------------------------------
 
 
 def t_test_p(t, dof):
@@ -914,7 +856,7 @@ def read_rows(folder, stem):
             for batch in optional("pyarrow.parquet").ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
         else:
-            yield from (row for _, row in read_jsonl(file))
+            yield from read_jsonl(file)
 
 
 def _load_bright(task, source, long_documents, split):
@@ -982,9 +924,10 @@ def plot(path, out):
     from matplotlib.figure import Figure
 
     if Path(path).suffix == ".tsv":
-        draw, rows = _plot_pair, [fields for _, fields in read_table(path)]
+        with numbered_lines(path) as lines:
+            draw, rows = _plot_pair, list(map(split_fields, lines))
     else:
-        rows = [row for _, row in read_jsonl(path)]
+        rows = list(read_jsonl(path))
         draw = _plot_sweep if "docs_per_group" in (rows or [{}])[0] else _plot_training
     style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3,
              "legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
@@ -1099,9 +1042,8 @@ def evaluate_files(args, qrels_path, run_paths, names):
     qrels = read_qrels(qrels_path)
     excluded = Path(args.excluded or Path(qrels_path).absolute().parent.parent / "excluded.tsv")
     excluded = read_excluded(excluded) if args.excluded or excluded.exists() else {}
-    first_stage = read_run(args.first_stage) if args.first_stage else None
-    rules = {"ties": "first-stage" if first_stage else args.ties, "gain": args.gain}
-    rules |= {"complete": args.complete, "relevance_level": args.relevance_level}
+    rules = {"ties": args.ties, "gain": args.gain, "complete": args.complete,
+             "relevance_level": args.relevance_level}  # fmt: skip
     cut_offs = [k for name, k in map(parse_metric, args.metrics) if name == "ndcg" and k]
     report = {"qrels": str(qrels_path), "queries": len(qrels), "judgements": sum(map(len, qrels.values())),
               "rules": {**rules, "ignore_identical_ids": args.ignore_identical_ids}, "runs": {},
@@ -1109,7 +1051,6 @@ def evaluate_files(args, qrels_path, run_paths, names):
     reference = None
     for name, path in zip(names, run_paths, strict=True):
         run, n_removed = remove_documents(read_run(path), excluded, args.ignore_identical_ids)
-        run = order_like(run, first_stage) if first_stage else run
         if not run.keys() & qrels.keys():
             raise ValueError(f"{path} and {qrels_path} share no query: the run has {min(run)!r}, "
                              f"the qrels {min(qrels)!r}")  # fmt: skip
@@ -1123,8 +1064,7 @@ def evaluate_files(args, qrels_path, run_paths, names):
             "unjudged": len(run.keys() - qrels.keys()),
             "removed_documents": n_removed,
         }
-        k = (cut_offs or [10])[0]
-        report["ties"][name] = {"k": k, **tie_report(qrels, run, k, gain=args.gain)}
+        report["ties"][name] = tie_report(qrels, run, (cut_offs or [10])[0], gain=args.gain)
     for name, metric in itertools.product(names[1:], args.metrics):
         if parse_metric(metric)[0] not in ("rbo", "judged"):
             a, b = (report["per_query"][run][metric] for run in (names[0], name))
@@ -1197,7 +1137,6 @@ def build_parser():
     group.add_argument("--complete", action="store_true", help="mean over all judged queries, missing = 0")
     group.add_argument("--ties", choices=["trec_eval", "first-stage"], default="trec_eval", help="equal "
                        "scores: by document id, or in the order of the run file's lines")
-    group.add_argument("--first-stage", metavar="FILE", help="ties in the order of this run instead")
     group.add_argument("--gain", choices=["linear", "exponential"], default="linear", help="of NDCG")
     group.add_argument("--relevance-level", type=int, default=1, metavar="N", help="relevant from this grade")
     group.add_argument("--ignore-identical-ids", action="store_true", help="drop documents named like "

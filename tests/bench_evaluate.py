@@ -1,0 +1,152 @@
+"""Speed and memory of evaluate.py beside its peers, in one run.
+
+    python tests/bench_evaluate.py                    # 1,000,000 lines; about a minute
+    python tests/bench_evaluate.py --queries 100      # a quick look
+    python tests/bench_evaluate.py --bm25 100000      # also: index documents, answer 1,000 queries
+
+File to table, four measures (ndcg@10, recall@100, map, mrr), each tool in a process of its own:
+pytrec_eval parses in Python and evaluates in C, ranx compiles with numba (its first call compiles;
+the table has a second process too, which finds numba's cache where there is one). Time is the wall
+clock of the process, imports included; memory is the peak resident set of the process. Peers that
+are not installed are named. All inputs are drawn with a fixed seed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+OURS = """
+import runpy, sys
+sys.argv = ["evaluate.py", "--qrels", QRELS, "--run", RUN,
+            "--metrics", "ndcg@10", "recall@100", "map", "mrr"]
+runpy.run_path(EVALUATE, run_name="__main__")
+"""
+PYTREC_EVAL = """
+import pytrec_eval
+with open(QRELS) as file:
+    qrels = pytrec_eval.parse_qrel(file)
+with open(RUN) as file:
+    run = pytrec_eval.parse_run(file)
+measures = {"ndcg_cut_10", "recall_100", "map", "recip_rank"}
+results = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
+for name in sorted(measures):
+    print(name, sum(row[name] for row in results.values()) / len(results))
+"""
+RANX = """
+from ranx import Qrels, Run, evaluate
+qrels = Qrels.from_file(QRELS, kind="trec")
+run = Run.from_file(RUN, kind="trec")
+print(evaluate(qrels, run, ["ndcg@10", "recall@100", "map", "mrr"]))
+"""
+HELP = "import runpy, sys; sys.argv = ['evaluate.py', '--help']; runpy.run_path(EVALUATE, run_name='__main__')"
+
+
+def write_inputs(folder, n_queries, n_docs, n_judged, seed=0):
+    """A run of n_queries x n_docs lines over a corpus of 100 times n_docs, and its qrels."""
+    rng = np.random.default_rng(seed)
+    with open(folder / "run.txt", "w") as run, open(folder / "qrels.txt", "w") as qrels:
+        for query in range(n_queries):
+            docs = rng.choice(100 * n_docs, n_docs, replace=False)
+            scores = np.sort(rng.normal(20, 5, n_docs))[::-1]
+            for rank, (doc, score) in enumerate(zip(docs, scores, strict=True), start=1):
+                run.write(f"q{query} Q0 document-{doc:07d} {rank} {score:.6f} bench\n")
+            for doc in rng.choice(docs, n_judged, replace=False):
+                qrels.write(f"q{query} 0 document-{doc:07d} {rng.integers(0, 3)}\n")
+
+
+def measure(code, names, repeats):
+    """(best seconds, peak MiB, last line of output) of `code` in fresh processes; None if it fails."""
+    header = "".join(f"{name} = {str(value)!r}\n" for name, value in names.items())
+    code = header + "import atexit, resource\natexit.register(lambda: print('peak', " \
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))\n" + code  # fmt: skip
+    seconds, peak = [], 0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - start)
+        if done.returncode:
+            return None, done.stderr.strip().splitlines()[-1]
+        peak = max(peak, int(done.stdout.rsplit("peak ", 1)[1]))
+    return min(seconds), peak / 1024
+
+
+def bench_files(args):
+    """The table of file-to-table times."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_inputs(folder, args.queries, args.docs, args.judged)
+        names = {"QRELS": folder / "qrels.txt", "RUN": folder / "run.txt", "EVALUATE": ROOT / "evaluate.py"}
+        size = os.path.getsize(folder / "run.txt") / 2**20
+        print(f"{args.queries} queries x {args.docs} documents, {args.judged} judged each "
+              f"({size:.0f} MiB), best of {args.repeats}")  # fmt: skip
+        print(f"{'':24}{'seconds':>10}{'peak MiB':>10}")
+        for label, code in (("evaluate.py", OURS), ("pytrec_eval", PYTREC_EVAL), ("ranx", RANX),
+                            ("evaluate.py --help", HELP)):  # fmt: skip
+            seconds, peak = measure(code, names, args.repeats)
+            if seconds is None:
+                absent = "ModuleNotFoundError" in peak
+                print(f"{label:24}{'not installed' if absent else 'failed: ' + peak:>20}")
+            else:
+                print(f"{label:24}{seconds:10.2f}{peak:10.0f}")
+
+
+def bench_bm25(n_docs, n_queries=1000):
+    """Index n_docs documents of Zipf-distributed words and answer queries, beside bm25s."""
+    sys.path.insert(0, str(ROOT))
+    import evaluate
+
+    rng = np.random.default_rng(0)
+    chance = 1 / np.arange(1, 200_001)
+    words = np.array([f"w{i}" for i in range(len(chance))])
+    draw = lambda n: words[rng.choice(len(chance), n, p=chance / chance.sum())]  # noqa: E731
+    lengths = rng.integers(40, 161, n_docs)
+    flat, stops = draw(lengths.sum()), np.cumsum(lengths)
+    texts = [" ".join(flat[stop - n : stop]) for n, stop in zip(lengths, stops, strict=True)]
+    queries = [" ".join(draw(8)) for _ in range(n_queries)]
+    print(f"\nBM25: {n_docs} documents of 40-160 words, {n_queries} queries of 8 words, top 100")
+    print(f"{'':24}{'index s':>10}{'search s':>10}")
+    start = time.perf_counter()
+    ours = evaluate.BM25(texts)
+    middle = time.perf_counter()
+    found = [ours.search(query, 100) for query in queries]
+    print(f"{'evaluate.BM25':24}{middle - start:10.2f}{time.perf_counter() - middle:10.2f}")
+    try:
+        import bm25s
+    except ImportError:
+        print(f"{'bm25s':24}{'not installed':>20}")
+        return
+    quiet = {"show_progress": False}
+    start = time.perf_counter()
+    peer = bm25s.BM25(method="lucene", k1=0.9, b=0.4, backend="numpy")
+    peer.index(bm25s.tokenize(texts, stopwords=[], **quiet), **quiet)
+    middle = time.perf_counter()
+    tokens = bm25s.tokenize(queries, stopwords=[], return_ids=False, **quiet)
+    _, scores = peer.retrieve(tokens, k=100, **quiet)
+    print(f"{'bm25s (numpy backend)':24}{middle - start:10.2f}{time.perf_counter() - middle:10.2f}")
+    worst = max(np.abs(s - own).max() for s, (_, own) in zip(scores, found, strict=True))
+    print(f"largest difference of a top-100 score: {worst:.1e}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--docs", type=int, default=1000, help="a query")
+    parser.add_argument("--judged", type=int, default=50, help="a query")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bm25", type=int, default=0, metavar="N", help="documents to index")
+    args = parser.parse_args()
+    bench_files(args)
+    if args.bm25:
+        bench_bm25(args.bm25)
+
+
+if __name__ == "__main__":
+    main()

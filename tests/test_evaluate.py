@@ -1,0 +1,996 @@
+"""What evaluate.py promises: exact measures, files that read back, and errors that help.
+
+    python -m pytest tests/test_evaluate.py
+
+Peers (pytrec_eval, bm25s) come with requirements-dev.txt. Real files are found through
+GROUPRANK_TEST_DATA; their tests skip where it is unset.
+"""
+
+import contextlib
+import gzip
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import evaluate
+
+SCRIPT = Path(evaluate.__file__)
+DATA = os.environ.get("GROUPRANK_TEST_DATA")
+needs_data = pytest.mark.skipif(not DATA, reason="GROUPRANK_TEST_DATA is not set")
+log2 = math.log2
+
+
+def command(*arguments, check=True):
+    """Run evaluate.py as a user does; (exit status, stdout, stderr)."""
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert not check or done.returncode == 0, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+# --- Measures: sums that can be checked by eye ----------------------------------------------------
+
+
+def test_ndcg_equals_hand_sum():
+    # ranking: grades 0, 2, 0, 1; judged elsewhere: one more document of grade 1
+    dcg = 2 / log2(3) + 1 / log2(5)
+    ideal = 2 / log2(2) + 1 / log2(3) + 1 / log2(4)
+    assert evaluate.ndcg([0, 2, 0, 1], [2, 1, 1, 0]) == pytest.approx(dcg / ideal, abs=1e-15)
+
+
+def test_ndcg_cut_off_applies_to_ranking_and_ideal():
+    # k = 2: only rank 2 counts, and the ideal has two documents
+    expected = (2 / log2(3)) / (2 / log2(2) + 1 / log2(3))
+    assert evaluate.ndcg([0, 2, 0, 1], [2, 1, 1, 0], k=2) == pytest.approx(expected, abs=1e-15)
+
+
+def test_exponential_gain_is_two_to_the_grade_minus_one():
+    # grades 1, 2 -> gains 1, 3
+    expected = (1 / log2(2) + 3 / log2(3)) / (3 / log2(2) + 1 / log2(3))
+    assert evaluate.ndcg([1, 2], [2, 1], exponential=True) == pytest.approx(expected, abs=1e-15)
+
+
+def test_negative_grades_have_no_gain_and_no_cost():
+    assert evaluate.ndcg([-2, 1], [1, -2]) == evaluate.ndcg([0, 1], [1, 0])
+    assert evaluate.ndcg([-1], [-1]) == 0.0
+
+
+def test_recall_precision_and_success_count_grades_at_the_level():
+    ranked, everything = [0, 2, 1, 0], [2, 1, 1]
+    assert evaluate.recall(ranked, everything, 2) == 1 / 3
+    assert evaluate.recall(ranked, everything, 4) == 2 / 3
+    assert evaluate.recall(ranked, everything, 4, level=2) == 1 / 1
+    assert evaluate.precision(ranked, 2) == 1 / 2
+    assert evaluate.precision(ranked, 10) == 2 / 10  # divides by k, not by what was retrieved
+    assert evaluate.success(ranked, 1) == 0.0
+    assert evaluate.success(ranked, 2) == 1.0
+    assert evaluate.success(ranked, 4, level=3) == 0.0
+
+
+def test_average_precision_equals_hand_sum():
+    # relevant at ranks 2 and 3 of three relevant documents: (1/2 + 2/3) / 3
+    assert evaluate.average_precision([0, 2, 1, 0], [2, 1, 1]) == pytest.approx((1 / 2 + 2 / 3) / 3)
+    assert evaluate.average_precision([0, 2, 1, 0], [2, 1, 1], k=2) == pytest.approx((1 / 2) / 3)
+
+
+def test_reciprocal_rank_is_of_the_first_relevant_document():
+    assert evaluate.reciprocal_rank([0, 0, 1, 1]) == 1 / 3
+    assert evaluate.reciprocal_rank([0, 0, 1, 1], k=2) == 0.0
+    assert evaluate.reciprocal_rank([1, 0, 2], level=2) == 1 / 3
+
+
+def test_judged_divides_by_what_was_retrieved_up_to_k():
+    assert evaluate.judged([1, 0, 1, 0], 3) == 2 / 3
+    assert evaluate.judged([1, 0], 10) == 1 / 2
+
+
+def test_measures_without_any_relevant_document_are_zero():
+    for ranked in ([], [0, 0], [0, -1]):
+        assert evaluate.ndcg(ranked, ranked) == 0.0
+        assert evaluate.recall(ranked, ranked, 10) == 0.0
+        assert evaluate.precision(ranked, 10) == evaluate.precision(ranked) == 0.0
+        assert evaluate.average_precision(ranked, ranked) == 0.0
+        assert evaluate.reciprocal_rank(ranked) == evaluate.success(ranked) == 0.0
+    assert evaluate.judged([]) == 0.0
+
+
+def test_measures_take_lists_arrays_and_whatever_float_understands():
+    class Scalar:  # what a tensor of one number looks like
+        def __init__(self, value):
+            self.value = value
+
+        def __float__(self):
+            return float(self.value)
+
+        def __ge__(self, other):
+            return self.value >= other
+
+    ranked, everything = [0, 2, 1], [2, 1, 1]
+    for form in (np.array, lambda values: [Scalar(v) for v in values]):
+        assert evaluate.ndcg(form(ranked), form(everything)) == evaluate.ndcg(ranked, everything)
+        assert evaluate.recall(form(ranked), form(everything), 2) == 1 / 3
+        assert evaluate.precision(form(ranked), 2) == 1 / 2
+        assert evaluate.average_precision(form(ranked), form(everything)) == pytest.approx(7 / 18)
+        assert evaluate.reciprocal_rank(form(ranked)) == 1 / 2
+
+
+def test_rank_biased_overlap_equals_hand_sum():
+    # a b c against b a d: X = 0, 2, 2; p = 0.5, (1 - p) / p = 1
+    expected = 1 * (0 / 1 * 0.5 + 2 / 2 * 0.25 + 2 / 3 * 0.125) + 2 / 3 * 0.125
+    assert evaluate.rank_biased_overlap("abc", "bad", p=0.5) == pytest.approx(expected)
+
+
+def test_rank_biased_overlap_of_uneven_lists_equals_hand_sum():
+    # a against a b: s = 1, l = 2, X = 1, 1; second sum: d = 2 only
+    p = 0.5
+    total = 1 / 1 * p + 1 / 2 * p**2 + 1 * (2 - 1) / (1 * 2) * p**2
+    expected = (1 - p) / p * total + ((1 - 1) / 2 + 1 / 1) * p**2
+    assert evaluate.rank_biased_overlap("a", "ab", p=p) == pytest.approx(expected) == 1.0
+
+
+@given(st.permutations(list(range(8))), st.permutations(list(range(8))), st.floats(0.05, 0.99))
+def test_rank_biased_overlap_is_a_symmetric_similarity_of_permutations(a, b, p):
+    value = evaluate.rank_biased_overlap(a, b, p)
+    assert 0.0 < value <= 1.0
+    assert value == pytest.approx(evaluate.rank_biased_overlap(b, a, p))
+    assert evaluate.rank_biased_overlap(a, a, p) == pytest.approx(1.0)
+
+
+def test_rank_biased_overlap_at_its_limits():
+    assert evaluate.rank_biased_overlap([], []) == 1.0
+    assert evaluate.rank_biased_overlap([], [1]) == evaluate.rank_biased_overlap([1], [2]) == 0.0
+    for bad in (([1, 1], [1], 0.9), ([1], [1], 0.0), ([1], [1], 1.0)):
+        with pytest.raises(ValueError, match="0 < p < 1"):
+            evaluate.rank_biased_overlap(*bad)
+
+
+@pytest.mark.parametrize("name, call", [
+    ("ndcg", "ndcg([0, 2], [2, 1])"),
+    ("recall", "recall([0, 2], [2, 1], 2)"),
+    ("precision", "precision([0, 2], 2)"),
+    ("average_precision", "average_precision([0, 2], [2, 1])"),
+    ("reciprocal_rank", "reciprocal_rank([0, 2])"),
+    ("success", "success([0, 2], 1)"),
+    ("judged", "judged([0, 1], 2)"),
+    ("rank_biased_overlap", "rank_biased_overlap([1, 2], [2, 1])"),
+    ("tie_averaged", "tie_averaged([1, 1, 0], [0, 2, 1])"),
+    ("minmax", "minmax([1, 2, 3])"),
+    ("strictly_decreasing", "strictly_decreasing([1, 1])"),
+    ("t_test_p", "t_test_p(1.0, 3)"),
+])  # fmt: skip
+def test_each_formula_runs_when_pasted_alone(name, call):
+    source = SCRIPT.read_text()
+    body = re.search(rf"^def {name}\(.*?(?=^\S)", source, re.M | re.S)[0]
+    alone = {"np": np, "math": math}
+    exec(body, alone)
+    assert eval(call, alone) == eval(call, vars(evaluate))
+
+
+def test_formulas_do_not_modify_their_arguments():
+    ranked, everything, scores = [0, 2, -1], [2, 1, -1], {"a": 1.0, "b": 2.0}
+    evaluate.ndcg(ranked, everything, exponential=True)
+    evaluate.average_precision(ranked, everything)
+    evaluate.tie_averaged(ranked, everything)
+    evaluate.sort_run(scores)
+    evaluate.remove_documents({"q": scores}, {"q": {"a"}})
+    assert (ranked, everything, scores) == ([0, 2, -1], [2, 1, -1], {"a": 1.0, "b": 2.0})
+
+
+# --- Ties -----------------------------------------------------------------------------------------
+
+
+def all_tie_breaks(scores):
+    """Every order of the documents that the scores allow."""
+    import itertools
+
+    levels = [[i for i, s in enumerate(scores) if s == level] for level in sorted({*scores}, reverse=True)]
+    for orders in itertools.product(*(itertools.permutations(level) for level in levels)):
+        yield [i for order in orders for i in order]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=6), st.integers(1, 7))
+def test_tie_averaged_values_give_the_exact_expectation_over_all_tie_breaks(documents, k):
+    scores, gains = zip(*documents, strict=True)
+    orders = list(all_tie_breaks(scores))
+    mean = sum(evaluate.ndcg([gains[i] for i in order], gains, k) for order in orders) / len(orders)
+    assert evaluate.ndcg(evaluate.tie_averaged(scores, gains), gains, k) == pytest.approx(mean)
+    relevant = [gain >= 2 for gain in gains]
+    recall = sum(evaluate.recall([gains[i] for i in o], gains, k, level=2) for o in orders) / len(orders)
+    averaged = sum(evaluate.tie_averaged(scores, relevant)[:k]) / max(1, sum(relevant))
+    assert averaged == pytest.approx(recall)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 9)), max_size=8), st.randoms())
+def test_tie_averaged_does_not_depend_on_the_order_of_the_documents(documents, rng):
+    shuffled = rng.sample(documents, len(documents))
+    columns = [tuple(zip(*d, strict=True)) or ((), ()) for d in (documents, shuffled)]
+    assert evaluate.tie_averaged(*columns[0]) == evaluate.tie_averaged(*columns[1])
+
+
+def test_tie_averaged_by_hand():
+    assert evaluate.tie_averaged([5, 7, 5], [4, 1, 2]) == [1.0, 3.0, 3.0]
+    assert evaluate.tie_averaged([], []) == []
+
+
+def test_runs_sort_by_float32_score_and_then_by_id_descending():
+    assert evaluate.sort_run({"a": 1.0, "b": 2.0, "c": 1.0}) == ["b", "c", "a"]
+    assert 1.0 + 1e-9 != 1.0 and np.float32(1.0 + 1e-9) == np.float32(1.0)
+    assert evaluate.sort_run({"a": 1.0 + 1e-9, "b": 1.0}) == ["b", "a"]
+    assert evaluate.sort_run({"a": -0.0, "b": 0.0}) == ["b", "a"]
+    assert evaluate.sort_run({"a": 1e300, "b": 1e200}) == ["b", "a"]  # both infinite in float32
+    assert evaluate.sort_run({"10": 1.0, "9": 1.0}) == ["9", "10"]  # ids are text, never numbers
+
+
+def test_tied_ids_compare_as_bytes_and_not_as_utf16():
+    ids = ["\uff5e", "\U0001f600", "é", "e", "z", "Z"]  # utf-16 would put U+1F600 before U+FF5E
+    assert evaluate.sort_run(dict.fromkeys(ids, 1.0)) == sorted(ids, key=str.encode, reverse=True)
+
+
+def test_first_stage_ties_keep_the_order_of_the_run():
+    scores = {"b": 1.0, "a": 2.0, "d": 1.0, "c": 1.0}
+    assert evaluate.sort_run(scores, "first-stage") == ["a", "b", "d", "c"]
+    values = evaluate.evaluate_run({"q": {"b": 1}}, {"q": scores}, ["mrr"], ties="first-stage")
+    assert values == {"mrr": {"q": 1 / 2}}
+    assert evaluate.evaluate_run({"q": {"b": 1}}, {"q": scores}, ["mrr"]) == {"mrr": {"q": 1 / 4}}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_rejected(bad):
+    with pytest.raises(ValueError, match="document b"):
+        evaluate.sort_run({"a": 1.0, "b": bad})
+    with pytest.raises(ValueError, match="document b"):
+        evaluate.evaluate_run({"q": {"a": 1}}, {"q": {"a": 1.0, "b": bad}})
+
+
+def test_minmax_scales_and_makes_constant_lists_zero():
+    assert evaluate.minmax([1, 3, 2]) == [0.0, 1.0, 0.5]
+    assert evaluate.minmax([4, 4]) == [0.0, 0.0]
+    assert evaluate.minmax([]) == []
+    with pytest.raises(ValueError, match="finite"):
+        evaluate.minmax([1, math.nan])
+
+
+# --- Against trec_eval ----------------------------------------------------------------------------
+
+PEER = {
+    "ndcg@10": "ndcg_cut_10", "ndcg": "ndcg", "recall@5": "recall_5", "p@5": "P_5", "map": "map",
+    "map@5": "map_cut_5", "mrr": "recip_rank", "success@5": "success_5",
+}  # fmt: skip
+PEER_MEASURES = {"ndcg_cut", "ndcg", "recall", "P", "map", "map_cut", "recip_rank", "success"}
+
+
+def assert_equal_to_pytrec_eval(qrels, run, level=1):
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    peer = pytrec_eval.RelevanceEvaluator(qrels, PEER_MEASURES, relevance_level=level).evaluate(run)
+    ours = evaluate.evaluate_run(qrels, run, list(PEER), relevance_level=level)
+    for metric, name in PEER.items():
+        assert ours[metric].keys() == peer.keys()
+        for qid, value in ours[metric].items():
+            assert value == pytest.approx(peer[qid][name], abs=1e-12), (metric, qid, qrels, run)
+
+
+IDS = st.sampled_from(["a", "b", "B", "aa", "é", "z", "\uff5e", "\U0001f600", "1", "10", "9", "d 1"])
+SCORES = st.one_of(
+    st.integers(-3, 3).map(float),  # ties
+    st.sampled_from([1.0, 1.0 + 1e-9, 1.0 - 1e-9, 16777216.0, 16777217.0]),  # ties in float32 only
+    st.floats(-1e38, 1e38),
+    st.floats(allow_nan=False, allow_infinity=False),  # huge: infinite in float32
+)
+QRELS = st.dictionaries(st.sampled_from(["1", "2", "é"]),
+                        st.dictionaries(IDS, st.integers(-2, 4), min_size=1), min_size=1)  # fmt: skip
+RUNS = st.dictionaries(st.sampled_from(["1", "2", "3"]), st.dictionaries(IDS, SCORES, min_size=1), min_size=1)
+
+
+@settings(deadline=None, max_examples=1500, suppress_health_check=list(HealthCheck))
+@given(QRELS, RUNS, st.integers(1, 3))
+def test_all_measures_equal_pytrec_eval_on_random_runs(qrels, run, level):
+    assert_equal_to_pytrec_eval(qrels, run, level)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_measures_equal_pytrec_eval_on_big_runs_full_of_ties(seed):
+    """300 queries each: 1 to 300 documents, 2 to 200 distinct scores."""
+    rng = random.Random(seed)
+    qrels, run = {}, {}
+    for query in range(300):
+        docs = [f"d{i}" for i in range(rng.randint(1, 300))]
+        distinct = rng.choice([2, 10, 200])
+        run[f"q{query}"] = {doc: rng.randrange(distinct) / 7 for doc in rng.sample(docs, rng.randint(1, len(docs)))}
+        qrels[f"q{query}"] = {doc: rng.randint(-1, 3) for doc in rng.sample(docs, rng.randint(1, len(docs)))}
+    assert_equal_to_pytrec_eval(qrels, run)
+
+
+def test_ten_thousand_documents_and_a_single_one():
+    rng = random.Random(0)
+    run = {f"d{i}": rng.choice([rng.random(), 0.5]) for i in range(10_000)}
+    judged = {f"d{rng.randrange(12_000)}": rng.randint(0, 3) for _ in range(400)}
+    assert_equal_to_pytrec_eval({"1": judged, "2": {"d": 1}}, {"1": run, "2": {"d": -1.0}})
+
+
+def test_queries_without_overlap_give_empty_results_or_zeros_when_complete():
+    qrels, run = {"1": {"a": 1}}, {"2": {"a": 1.0}}
+    assert evaluate.evaluate_run(qrels, run) == {"ndcg@10": {}}
+    assert evaluate.evaluate_run(qrels, run, complete=True) == {"ndcg@10": {"1": 0.0}}
+    assert evaluate.mean({}) == 0.0
+
+
+def test_complete_counts_missing_queries_as_zero():
+    qrels, run = {"1": {"a": 1}, "2": {"a": 1}}, {"1": {"a": 1.0}}
+    assert evaluate.mean(evaluate.evaluate_run(qrels, run)["ndcg@10"]) == 1.0
+    assert evaluate.mean(evaluate.evaluate_run(qrels, run, complete=True)["ndcg@10"]) == 1 / 2
+
+
+@pytest.mark.parametrize("metric", ["dcg@10", "ndcg@0", "ndcg@x", "p@-1", "rbo@1", "rbo@0", ""])
+def test_unknown_metrics_are_named(metric):
+    with pytest.raises(ValueError, match=re.escape(repr(metric))):
+        evaluate.parse_metric(metric)
+
+
+def golden(name):
+    """{(measure, query): text} of trec_eval's own expected output."""
+    rows = (line.split("\t") for line in Path(DATA, "trec_eval", name).read_text().splitlines())
+    return {(measure.strip(), qid.strip()): value.strip() for measure, qid, value in rows}
+
+
+TREC_EVAL = {"ndcg": "ndcg", "map": "map", "mrr": "recip_rank"}
+TREC_EVAL |= {f"ndcg@{k}": f"ndcg_cut_{k}" for k in (5, 10, 15, 20, 30, 100, 200, 500, 1000)}
+TREC_EVAL |= {f"p@{k}": f"P_{k}" for k in (5, 10, 15, 20, 30, 100, 200, 500, 1000)}
+TREC_EVAL |= {f"recall@{k}": f"recall_{k}" for k in (5, 10, 15, 20, 30, 100, 200, 500, 1000)}
+TREC_EVAL |= {f"map@{k}": f"map_cut_{k}" for k in (5, 10, 15, 20, 30, 100, 200, 500, 1000)}
+TREC_EVAL |= {f"success@{k}": f"success_{k}" for k in (1, 5, 10)}
+
+
+@needs_data
+@pytest.mark.parametrize("run_file, expected, complete", [
+    ("results.test", "out.test.aq", False),
+    ("results.trunc", "out.test.aqc", True),
+])  # fmt: skip
+def test_every_measure_equals_trec_evals_own_expected_output(run_file, expected, complete):
+    folder, known = Path(DATA, "trec_eval"), golden(expected)
+    qrels, run = evaluate.read_qrels(folder / "qrels.test"), evaluate.read_run(folder / run_file)
+    values = evaluate.evaluate_run(qrels, run, list(TREC_EVAL), complete=complete)
+    compared = 0
+    for metric, name in TREC_EVAL.items():
+        assert f"{evaluate.mean(values[metric]):.4f}" == known[name, "all"], metric
+        for qid, value in values[metric].items():
+            assert f"{value:.4f}" == known.get((name, qid), "0.0000"), (metric, qid)
+            compared += (name, qid) in known
+    assert compared == 3 * len(TREC_EVAL)
+    assert {qid for name, qid in known if name == "map"} == {*qrels, "all"}
+
+
+@needs_data
+def test_the_three_means_of_the_truncated_run_differ_as_they_should():
+    """results.trunc lacks query 302; -c divides by three queries, the default by two."""
+    folder = Path(DATA, "trec_eval")
+    qrels, run = evaluate.read_qrels(folder / "qrels.test"), evaluate.read_run(folder / "results.trunc")
+    default, complete = (
+        evaluate.mean(evaluate.evaluate_run(qrels, run, ["map"], complete=flag)["map"]) for flag in (False, True)
+    )
+    assert default == pytest.approx(complete * 3 / 2)
+
+
+@needs_data
+def test_the_biology_run_of_bright_scores_4349():
+    folder = Path(DATA, "bright")
+    _, out, _ = command("--qrels", folder / "biology.qrels", "--run", folder / "biology.reasonir_top100.run", "--json")
+    assert round(json.loads(out)["runs"]["biology.reasonir_top100"]["ndcg@10"], 4) == 0.4349
+
+
+@needs_data
+def test_the_stackoverflow_run_whose_ids_hold_spaces_loads_whole():
+    run = evaluate.read_run(Path(DATA, "bright", "stackoverflow.reasonir_top100.run"))
+    assert len(run) == 117 and all(len(scores) == 100 for scores in run.values())
+    assert "pytorch_torch_tensor_functions/Memory Management_2_0.txt" in run["4"]
+
+
+@needs_data
+def test_the_given_order_of_novel_eval_scores_as_published(tmp_path):
+    """21 queries of 20 passages in the given order: NDCG@1/5/10 = 64.29 / 58.24 / 65.03."""
+    qrels = evaluate.read_qrels(Path(DATA, "novel_eval", "qrels.txt"))
+    rankings = {qid: [(f"{qid}-{i}", 0.0) for i in range(20)] for qid in qrels}  # all tied on purpose
+    evaluate.write_run(tmp_path / "given.run", rankings)
+    values = evaluate.evaluate_run(qrels, evaluate.read_run(tmp_path / "given.run"), ["ndcg@1", "ndcg@5", "ndcg@10"])
+    assert [f"{100 * evaluate.mean(v):.2f}" for v in values.values()] == ["64.29", "58.24", "65.03"]
+
+
+@needs_data
+def test_minmax_equals_pyserinis_normalised_run():
+    folder = Path(DATA, "fusion")
+    run = evaluate.read_run(folder / "simple_trec_run_fusion_1.txt")
+    known = evaluate.read_run(folder / "simple_trec_run_normalize_verify.txt")["1"]
+    assert dict(zip(run["1"], evaluate.minmax(run["1"].values()), strict=True)) == known
+
+
+# --- Comparing runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t, dof, p", [
+    (1.0, 1, 0.5),  # Cauchy: 1 - 2/pi atan(1)
+    (2.0, 2, 1 - 2 / math.sqrt(2 + 2**2)),  # 1 - t / sqrt(2 + t^2)
+    (2.776445, 4, 0.05), (2.570582, 5, 0.05), (2.626405, 99, 0.01), (2.042272, 30, 0.05),  # tables
+    (0.0, 7, 1.0), (math.inf, 7, 0.0),
+])  # fmt: skip
+def test_t_test_p_values_equal_closed_forms_and_tables(t, dof, p):
+    assert evaluate.t_test_p(t, dof) == pytest.approx(p, abs=2e-7)
+    assert evaluate.t_test_p(-t, dof) == evaluate.t_test_p(t, dof)
+
+
+def test_a_paired_comparison_counts_tests_and_is_seeded():
+    a = {str(i): 0.5 for i in range(5)}
+    b = {"0": 0.6, "1": 0.7, "2": 0.8, "3": 0.9, "4": 0.5, "5": 1.0}  # query 5: in one run only
+    result = evaluate.compare_runs(a, b, seed=1)
+    assert (result["queries"], result["wins"], result["ties"], result["losses"]) == (5, 4, 1, 0)
+    assert result["difference"] == pytest.approx((0.1 + 0.2 + 0.3 + 0.4) / 5)
+    # of the 2^5 sign patterns, the four non-zero differences agree in 2 * 2: p = 4 / 32
+    assert result["p_randomisation"] == pytest.approx(4 / 32, abs=0.01)
+    # mean 0.2, sd sqrt(0.1 / 4): t = 0.2 / (0.158114 / sqrt(5)) = 2.8284, four degrees of freedom
+    assert result["p_t"] == pytest.approx(evaluate.t_test_p(0.2 / math.sqrt(0.1 / 4 / 5), 4))
+    low, high = result["interval"]
+    assert 0.0 < low < 0.2 < high < 0.4
+    assert result == evaluate.compare_runs(a, b, seed=1) != evaluate.compare_runs(a, b, seed=2)
+
+
+def test_equal_runs_are_not_different():
+    a = {"1": 0.5, "2": 0.25}
+    result = evaluate.compare_runs(a, a)
+    assert (result["p_randomisation"], result["p_t"], result["interval"]) == (1.0, 1.0, [0.0, 0.0])
+    assert evaluate.compare_runs({"1": 0.0}, {"1": 1.0})["p_t"] == 1.0  # one query decides nothing
+    with pytest.raises(ValueError, match="no query in common"):
+        evaluate.compare_runs({"1": 0.0}, {"2": 0.0})
+
+
+def test_the_tie_report_brackets_every_tie_break():
+    # b, c and d share the second to fourth rank; c is relevant: gain 1 / log2(rank + 1)
+    qrels, run = {"q": {"c": 1}}, {"q": {"a": 3.0, "b": 2.0, "c": 2.0, "d": 2.0, "e": 1.0}}
+    report = evaluate.tie_report(qrels, run, k=3)
+    assert (report["slots"], report["decided"]) == (3, 2)
+    assert report["best"] == pytest.approx(1 / log2(3))
+    assert report["worst"] == 0.0  # rank 4 is beyond k
+    assert report["expected"] == pytest.approx((1 / log2(3) + 1 / log2(4) + 0) / 3)
+
+
+def test_the_tie_report_of_a_run_without_ties_is_a_point():
+    report = evaluate.tie_report({"q": {"a": 1}}, {"q": {"a": 1.0, "b": 2.0}})
+    assert report["decided"] == 0
+    assert report["worst"] == report["expected"] == report["best"] == pytest.approx(1 / log2(3))
+
+
+# --- Run and qrels files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("1 Q0 a 1 2.5 tag\n", {"1": {"a": 2.5}}),
+    ("1\tQ0\ta\t1\t2.5\ttag", {"1": {"a": 2.5}}),
+    ("1\tQ0\ta b\t1\t  2.5\trun tag\n", {"1": {"a b": 2.5}}),
+    ("1 Q0 dir/Memory Management 2.txt 1 2.5 tag\n", {"1": {"dir/Memory Management 2.txt": 2.5}}),
+    ("1 Q0 a  b 1 2.5 tag\n", {"1": {"a  b": 2.5}}),
+    ("1 Q0 a 1 2.5 a tag with spaces\n", {"1": {"a": 2.5}}),
+    ("1 Q0 x 1 9 tag\n1 Q0 b 2 3 4 5 tag\n", {"1": {"x": 9.0, "b 2 3": 5.0}}),  # the tag tells
+    ("1 Q0 x 1 9 2 a tag\n1 Q0 b 2 3 4 5 tag\n", None),
+    ("\n\r\n1   Q0\ta 1 -2.5e-3 tag\r\n", {"1": {"a": -0.0025}}),
+    ("\ufeff1 Q0 a\u00a0b 1 2 tag\n", {"1": {"a\u00a0b": 2.0}}),  # no-break space: part of the id
+    ("2 Q0 a 1 1 t\n1 Q0 a 1 1 t\n2 Q0 b 1 1 t\n", {"2": {"a": 1.0, "b": 1.0}, "1": {"a": 1.0}}),
+    ('{"1": {"a": 2.5, "b": 1}}', {"1": {"a": 2.5, "b": 1.0}}),
+    ('\n {"1":\n {"a b": -1}}\n', {"1": {"a b": -1.0}}),
+])  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_runs_are_read_in_every_form(tmp_path, text, expected, packed):
+    path = write(tmp_path / "x.run", gzip.compress(text.encode()) if packed else text)
+    if expected is None:
+        with pytest.raises(ValueError, match="line 2: not six columns"):
+            evaluate.read_run(path)
+    else:
+        assert evaluate.read_run(path) == expected
+        assert list(evaluate.read_run(path)) == list(expected)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("1 Q0 a 1 2.5 t\n1 Q0 a 2 2.0 t\n", "line 2: query 1 lists document a a second time"),
+    ("1 Q0 a 1 2.5 t\n2 Q0 b 1 2 t\n1 Q0 a 2 2.0 t\n", "line 3: query 1 lists document a"),
+    ("1 Q0 a 1 2.5 t\n1 Q0 b 1\n", "line 2: not six columns"),
+    ("1 Q0 a 1 high t\n", "line 1: could not convert string to float: 'high'"),
+    ("1 Q0 a 1 nan t\n", "line 1: score nan is not a finite number"),
+    ("1 Q0 a 1 1e999 t\n", "line 1: score 1e999 is not a finite number"),
+    ("1 Q0 b 1 2 3 4 t\n", "line 1: not six columns"),  # id "b 1 2", or tag "3 4 t"
+    ("", "the run is empty"),
+    (b"1 Q0 a\xff 1 2 t\n", "can't decode byte 0xff"),
+    ('{"1": {"a": 1, "a": 2}}', "id a appears twice"),
+    ('{"1": {"a": NaN}}', "query 1, document a: nan is no finite number"),
+    ('{"1": {"a": "x"}}', "query 1, document a: 'x' is no finite number"),
+    ('{"1": [1]}', "query 1"),
+    ('{"1": ', "line 1: Expecting value"),
+])  # fmt: skip
+def test_bad_runs_are_refused_with_file_and_line(tmp_path, text, message):
+    path = write(tmp_path / "x.run", text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        evaluate.read_run(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("1 0 a 2\n1 0 b -1\n", {"1": {"a": 2, "b": -1}}),
+    ("1\t0\ta b\t2\n", {"1": {"a b": 2}}),
+    ("1 0 a b 2\n", {"1": {"a b": 2}}),
+    ("query-id\tcorpus-id\tscore\n1\ta b\t2\n", {"1": {"a b": 2}}),
+    ("1\ta\t2\n\n1\tb\t0\n", {"1": {"a": 2, "b": 0}}),
+    ('{"1": {"a": 2}}', {"1": {"a": 2}}),
+    ("1 0 a 2\n1 0 a 2\n", {"1": {"a": 2}}),
+])  # fmt: skip
+def test_qrels_are_read_in_every_form(tmp_path, text, expected):
+    assert evaluate.read_qrels(write(tmp_path / "qrels", text)) == expected
+    assert evaluate.read_qrels(write(tmp_path / "qrels.gz", gzip.compress(text.encode()))) == expected
+
+
+@pytest.mark.parametrize("text, message", [
+    ("1 0 a 2\n1 0 a 1\n", "line 2: document a of query 1 has two different grades"),
+    ("1 0 a high\n", "line 1: not `qid 0 docid grade`"),
+    ("1 0 a 0.5\n", "line 1: not `qid 0 docid grade`"),
+    ("1 a\n", "line 1: not `qid 0 docid grade`"),
+    ("1 0 a 1\n1 0\n", "line 2: not `qid 0 docid grade`"),
+    ("", "no judgement"),
+])  # fmt: skip
+def test_bad_qrels_are_refused_with_file_and_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate.read_qrels(write(tmp_path / "qrels", text))
+
+
+@given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=60))
+def test_written_scores_decrease_strictly_in_float32_and_only_where_needed(scores):
+    values = evaluate.strictly_decreasing(scores)
+    assert all(np.float32(a) > np.float32(b) for a, b in zip(values, values[1:], strict=False))
+    assert all(np.float32(value) == value for value in values)
+    if all(np.float32(a) > np.float32(b) for a, b in zip(scores, scores[1:], strict=False)):
+        assert values == [float(np.float32(score)) for score in scores]  # only rounded
+
+
+def test_tied_scores_move_by_single_float32_steps():
+    step = float(np.spacing(np.float32(5)))  # the gap above 5; the gap below it is the same
+    assert evaluate.strictly_decreasing([5, 5, 5]) == [5.0, 5.0 - step, 5.0 - 2 * step]
+    for bad in (1e39, math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="does not fit into float32"):
+            evaluate.strictly_decreasing([bad])
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_written_run_reads_back_in_the_same_order_everywhere(tmp_path, spaced):
+    docs = [f"d{' ' * spaced}{i}" for i in range(30)]
+    random.Random(0).shuffle(docs)
+    evaluate.write_run(tmp_path / "x.run", {"q": [(doc, 10 - i // 7) for i, doc in enumerate(docs)]})
+    run = evaluate.read_run(tmp_path / "x.run")
+    assert evaluate.sort_run(run["q"]) == docs == list(run["q"])
+    lines = (tmp_path / "x.run").read_text().splitlines()
+    assert all(len(line.split("\t" if spaced else " ")) == 6 for line in lines)
+    printed = [float(re.split("\t" if spaced else " ", line)[4]) for line in lines]
+    assert all(a > b for a, b in zip(printed, printed[1:], strict=False))
+
+
+@pytest.mark.parametrize("rankings", [
+    {"q": [("a\tb", 1.0)]}, {"q": [("", 1.0)]}, {"q\n": [("a", 1.0)]}, {"q": [("a", 2.0), ("a", 1.0)]},
+])  # fmt: skip
+def test_runs_that_could_not_be_read_back_are_not_written(tmp_path, rankings):
+    with pytest.raises(ValueError):
+        evaluate.write_run(tmp_path / "x.run", rankings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_files_appear_complete_or_not_at_all(tmp_path):
+    path = write(tmp_path / "x", "old")
+    with contextlib.suppress(RuntimeError), evaluate.open_atomic(path) as file:
+        file.write("new")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with evaluate.open_atomic(tmp_path / "new" / "y", "wb") as file:
+        file.write(b"\xff")
+        assert not (tmp_path / "new" / "y").exists()
+    assert (tmp_path / "new" / "y").read_bytes() == b"\xff"
+
+
+# --- Collections ----------------------------------------------------------------------------------
+
+
+def test_a_collection_reads_back_as_written_with_titles_in_front(tmp_path):
+    corpus = {"a b": "text", "c": ("Title", "body"), "d": ("Only a title", "")}
+    queries, qrels = {"1": "what\nis it"}, {"1": {"c": 2, "a b": 0}}
+    evaluate.write_collection(tmp_path, corpus, queries, qrels, {"1": {"d"}})
+    back = evaluate.read_collection(tmp_path)
+    assert back.corpus == {"a b": "text", "c": "Title\nbody", "d": "Only a title"}
+    assert (back.queries, back.qrels, back.excluded) == (queries, qrels, {"1": {"d"}})
+    assert (tmp_path / "qrels" / "test.tsv").read_text().startswith("query-id\tcorpus-id\tscore\n1\tc\t2\n")
+
+
+def test_rewritten_queries_are_picked_by_name_and_qrels_are_optional(tmp_path):
+    write(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "x"}\n')
+    write(tmp_path / "queries.gpt4.jsonl", '{"_id": "1", "text": "rewritten"}\n')
+    collection = evaluate.read_collection(tmp_path, queries="gpt4")
+    assert (collection.queries, collection.qrels, collection.excluded) == ({"1": "rewritten"}, {}, {})
+    with pytest.raises(ValueError, match=r"queries.jsonl is missing; .* has corpus.jsonl, queries.gpt4.jsonl"):
+        evaluate.read_collection(tmp_path)
+
+
+@pytest.mark.parametrize("corpus, message", [
+    ('{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "document 2: id 'a' appears twice"),
+    ('{"_id": "a", "text": " "}\n', "document 1: 'a' has no text"),
+    ('{"_id": 7, "text": "x"}\n', "document 1: needs the keys _id and text"),
+    ('{"_id": "a"}\n', "document 1: needs the keys _id and text"),
+    ('{"_id": "a", "text": "x"}\n{"_id"\n', "line 2: Expecting"),
+    ("[1]\n", "line 1: not a JSON object"),
+    ("", "is empty"),
+])  # fmt: skip
+def test_bad_collections_are_refused_with_file_and_place(tmp_path, corpus, message):
+    write(tmp_path / "corpus.jsonl", corpus)
+    write(tmp_path / "queries.jsonl", '{"_id": "1", "text": "q"}\n')
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate.read_collection(tmp_path)
+
+
+# --- BM25 -----------------------------------------------------------------------------------------
+
+
+def test_bm25_equals_hand_sum():
+    # "cat" is in 2 of 3 documents; lengths 3, 1, 2, mean 2; "the" is a stop word
+    bm25 = evaluate.BM25(["the cat cat dog", "cat", "Dog-fish"])
+    idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    first = idf * 2 / (2 + 0.9 * (1 - 0.4 + 0.4 * 3 / 2))
+    second = idf * 1 / (1 + 0.9 * (1 - 0.4 + 0.4 * 1 / 2))
+    assert bm25.scores("the cat?") == pytest.approx([first, second, 0.0])
+    assert bm25.scores("CAT cat") == pytest.approx([2 * first, 2 * second, 0.0])  # repeated: counts twice
+    assert bm25.scores("the unseen") == pytest.approx([0.0, 0.0, 0.0])
+
+
+def test_bm25_search_is_best_first_with_ties_by_number():
+    bm25 = evaluate.BM25(["a1", "b1", "a1", "c1", "a1"])
+    documents, scores = bm25.search("a1", 4)
+    assert documents.tolist() == [0, 2, 4, 1]
+    assert scores[0] == scores[2] > scores[3] == 0.0
+    assert bm25.search("a1", 2)[0].tolist() == [0, 2]
+    assert bm25.search("zzz", 99)[0].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        bm25.search("a1", 0)
+
+
+def test_bm25_survives_empty_texts_but_not_an_empty_corpus():
+    assert evaluate.BM25(["", "the"]).search("the", 5)[1].tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="at least one document"):
+        evaluate.BM25([])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bm25_scores_equal_bm25s_on_random_corpora(seed):
+    bm25s = pytest.importorskip("bm25s")
+    rng = random.Random(seed)
+    words = [f"word{int(rng.paretovariate(0.6))}" for _ in range(20_000)]
+    texts = [" ".join(rng.sample(words, rng.randint(2, 60))) for _ in range(400)]
+    queries = [rng.sample(words, 5) for _ in range(50)]
+    peer = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
+    peer.index(bm25s.tokenize(texts, stopwords=[], show_progress=False), show_progress=False)
+    ours = evaluate.BM25(texts)
+    for query in queries:
+        np.testing.assert_allclose(ours.scores(" ".join(query)), peer.get_scores(query), atol=1e-5)
+
+
+# --- The paper's benchmarks: loaders on small files of the documented schemas ---------------------
+
+
+def write_rows(path, rows, parquet):
+    """Rows as PATH.jsonl, or as PATH-00000-of-00001.parquet, the hub's name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if parquet:
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        name = path.with_name(path.name + "-00000-of-00001.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+    else:
+        write(path.with_name(path.name + ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def small_bright(folder, parquet=False):
+    """Two queries, four documents in the schema of xlangai/BRIGHT."""
+    example = {"reasoning": "r", "gold_ids_long": ["long/1"], "gold_answer": "a"}
+    examples = [
+        {"query": "q zero", "id": "0", "excluded_ids": ["N/A"], "gold_ids": ["d/a b.txt", "d/1.txt"], **example},
+        {"query": "q one", "id": "1", "excluded_ids": ["d/2.txt"], "gold_ids": ["d/1.txt"], **example},
+    ]
+    documents = [("d/a b.txt", "text of a b"), ("d/1.txt", "one"), ("d/2.txt", "two"), ("d/blank.txt", "\n")]
+    rows = [{"id": doc, "content": text} for doc, text in documents]
+    write_rows(folder / "documents" / "pony", rows, parquet)
+    write_rows(folder / "long_documents" / "pony", [{"id": "long/1", "content": "a long text"}], parquet)
+    write_rows(folder / "examples" / "pony", examples, parquet)
+    rewritten = [{**row, "query": f"rewritten {row['query']}"} for row in examples]
+    write_rows(folder / "gpt4_reason" / "pony", rewritten, parquet)
+    return folder
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_prepare_bright_keeps_gold_excluded_and_rewritten_queries(tmp_path, parquet):
+    source = small_bright(tmp_path / "clone", parquet)
+    _, out, _ = command("--prepare", "bright/pony", "--source", source, "--out", tmp_path / "b", "--skip-checks")
+    assert "3 documents (1 empty and 0 repeated ones left out), 2 queries, 3 judgements, 1 exclusions" in out
+    collection = evaluate.read_collection(tmp_path / "b")
+    assert collection.corpus == {"d/a b.txt": "text of a b", "d/1.txt": "one", "d/2.txt": "two"}
+    assert collection.queries == {"0": "q zero", "1": "q one"}
+    assert collection.qrels == {"0": {"d/a b.txt": 1, "d/1.txt": 1}, "1": {"d/1.txt": 1}}
+    assert collection.excluded == {"1": {"d/2.txt"}}  # and no "N/A"
+    rewritten = evaluate.read_collection(tmp_path / "b", queries="gpt4_reason")
+    assert rewritten.queries == {"0": "rewritten q zero", "1": "rewritten q one"}
+
+
+def test_prepare_bright_long_documents(tmp_path):
+    source = small_bright(tmp_path / "clone")
+    evaluate.prepare("bright/pony", tmp_path / "b", source=source, long_documents=True, check=False)
+    collection = evaluate.read_collection(tmp_path / "b")
+    assert collection.corpus == {"long/1": "a long text"}
+    assert collection.qrels == {"0": {"long/1": 1}, "1": {"long/1": 1}}
+
+
+def test_prepare_checks_row_counts_and_leaves_no_corpus_behind(tmp_path):
+    source = small_bright(tmp_path / "clone")
+    with pytest.raises(ValueError, match="4 documents, not 7894; 2 queries, not 112"):
+        evaluate.prepare("bright/pony", tmp_path / "b", source=source)
+    assert not (tmp_path / "b" / "corpus.jsonl").exists()
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_prepare_r2med(tmp_path, parquet):
+    clone = tmp_path / "clone"
+    write_rows(clone / "corpus", [{"id": "x/Phototaxis_3.txt", "text": "light"}, {"id": "y", "text": "z"}], parquet)
+    write_rows(clone / "query", [{"id": "0", "text": "why"}], parquet)
+    write_rows(clone / "qrels", [{"q_id": "0", "p_id": "x/Phototaxis_3.txt", "score": 1}], parquet)
+    evaluate.prepare("r2med/Biology", tmp_path / "r", source=clone, check=False)
+    collection = evaluate.read_collection(tmp_path / "r")
+    assert collection.queries == {"0": "why"} and len(collection.corpus) == 2
+    assert collection.qrels == {"0": {"x/Phototaxis_3.txt": 1}}
+
+
+def test_prepare_r2med_with_the_older_qrels_txt(tmp_path):
+    clone = tmp_path / "clone"
+    write_rows(clone / "corpus", [{"id": "x", "text": "light"}], False)
+    write_rows(clone / "query", [{"id": "0", "text": "why"}], False)
+    write(clone / "qrels.txt", "0 0 x 1\n")
+    evaluate.prepare("r2med/IIYi-Clinical", tmp_path / "r", source=clone, check=False)
+    assert evaluate.read_collection(tmp_path / "r").qrels == {"0": {"x": 1}}
+
+
+@pytest.mark.parametrize("layout", ["folder", "hub"])
+def test_prepare_beir_keeps_titles_and_only_the_judged_queries(tmp_path, layout):
+    clone = tmp_path / "clone"
+    corpus = [{"_id": "a", "title": "T", "text": "body"}, {"_id": "b", "title": "", "text": "x"}]
+    queries = [{"_id": "1", "text": "judged"}, {"_id": "2", "text": "of the training split"}]
+    if layout == "folder":
+        write_rows(clone / "corpus", [{**row, "metadata": {}} for row in corpus], False)
+        write_rows(clone / "queries", queries, False)
+        write(clone / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n1\ta\t2\n")
+    else:
+        write_rows(clone / "corpus" / "corpus", corpus, True)
+        write_rows(clone / "queries" / "queries", queries, True)
+        write(clone / "test.tsv", "query-id\tcorpus-id\tscore\n1\ta\t2\n")
+    evaluate.prepare("beir/nfcorpus", tmp_path / "n", source=clone, check=False)
+    collection = evaluate.read_collection(tmp_path / "n")
+    assert collection.corpus == {"a": "T\nbody", "b": "x"}
+    assert (collection.queries, collection.qrels) == ({"1": "judged"}, {"1": {"a": 2}})
+
+
+def test_prepare_names_what_is_wrong(tmp_path):
+    for name in ("bright", "bright/chemistry", "msmarco/x", "r2med/biology"):
+        with pytest.raises(ValueError, match="unknown benchmark"):
+            evaluate.prepare(name, tmp_path / "b", source=tmp_path)
+    with pytest.raises(ValueError, match="has none of examples/pony.jsonl"):
+        evaluate.prepare("bright/pony", tmp_path / "b", source=tmp_path)
+    status, _, err = command("--prepare", "bright/pony", "--source", tmp_path / "nowhere", check=False)
+    assert status == 2 and err.startswith("error: --source") and "Traceback" not in err
+
+
+def test_judged_documents_that_the_corpus_lacks_are_an_error(tmp_path):
+    write_rows(tmp_path / "c" / "corpus", [{"_id": "a", "text": "x"}], False)
+    write_rows(tmp_path / "c" / "queries", [{"_id": "1", "text": "q"}], False)
+    write(tmp_path / "c" / "test.tsv", "query-id\tcorpus-id\tscore\n1\tgone\t2\n")
+    with pytest.raises(ValueError, match="1 judged documents are missing: gone"):
+        evaluate.prepare("beir/other", tmp_path / "n", source=tmp_path / "c")
+
+
+def test_without_network_prepare_says_how_to_go_on(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    code = f"import evaluate; evaluate.run_cli(lambda: evaluate.prepare('bright/pony', {str(tmp_path)!r}))"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env=offline, cwd=SCRIPT.parent)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--source FOLDER" in done.stderr
+
+
+def test_published_means_equal_the_paper():
+    """Averages that the paper prints (its tables) from the per-task figures that we store."""
+    bright = evaluate.published("bright", list(evaluate.benchmark_table("bright")))
+    printed = {"BM25": 27.0, "retriever": 32.9, "ERank-32B": 36.2, "ReasonRank-32B": 35.6,
+               "GroupRank-7B": 34.3, "GroupRank-32B": 38.0}  # fmt: skip
+    assert {name: row["mean"] for name, row in bright.items()} == pytest.approx(printed, abs=0.06)
+    r2med = evaluate.published("r2med", list(evaluate.benchmark_table("r2med")))
+    printed = {"retriever": 42.9, "GroupRank-7B": 47.8, "GroupRank-32B": 52.3}
+    assert {name: r2med[name]["mean"] for name in printed} == pytest.approx(printed, abs=0.06)
+    beir = evaluate.published("beir", ["arguana", "dbpedia-entity", "nfcorpus", "nq", "scidocs"])
+    assert beir["GroupRank-32B"]["mean"] == 55.1
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A BEIR folder named pony with two runs; query 3 is judged but in no run."""
+    folder = tmp_path / "pony"
+    qrels = {"1": {"a": 1, "b": 0}, "2": {"c": 2}, "3": {"a": 1}}
+    evaluate.write_collection(folder, dict.fromkeys("abcd", "text"), dict.fromkeys("123", "q"), qrels, {"2": {"d"}})
+    write(tmp_path / "one.run", "1 Q0 b 1 2 t\n1 Q0 a 2 1 t\n2 Q0 d 1 2 t\n2 Q0 c 2 1 t\n9 Q0 a 1 1 t\n")
+    write(tmp_path / "two.run", "1 Q0 a 1 2 t\n1 Q0 b 2 1 t\n2 Q0 c 1 1 t\n2 Q0 b 2 1 t\n")
+    return tmp_path
+
+
+def test_the_table_says_everything_about_missing_queries_and_exclusions(small):
+    qrels = small / "pony" / "qrels" / "test.tsv"
+    _, out, _ = command("--qrels", qrels, "--run", small / "one.run", "--metrics", "ndcg@10", "p@1")
+    # query 1: relevant document at rank 2; query 2: d is excluded, so c is first
+    assert re.search(rf"^one +{50 * (1 / log2(3) + 1):.2f} +50.00$", out, re.M)
+    assert "one: 2 scored, 1 judged ones missing in the run, 1 of the run without judgements" in out
+    assert "1 excluded documents removed" in out
+
+
+def test_json_holds_fractions_comparisons_and_ties(small):
+    qrels = small / "pony" / "qrels" / "test.tsv"
+    _, out, _ = command("--qrels", qrels, "--run", small / "one.run", small / "two.run", "--json",
+                        "--metrics", "ndcg@10", "rbo", "--complete", "--paper", "bright")  # fmt: skip
+    report = json.loads(out)
+    assert report["runs"]["two"]["ndcg@10"] == pytest.approx((1 + 1 / log2(2 + 1) * 0 + 1) / 3, abs=0.2)
+    assert report["runs"]["one"]["rbo"] == pytest.approx(2 / 3)  # equal to itself where it has a list
+    assert report["comparisons"][0]["queries"] == 3
+    assert report["ties"]["two"] | {"worst": 0, "expected": 0, "best": 0} == {
+        "k": 10, "slots": 4, "decided": 2, "worst": 0, "expected": 0, "best": 0}  # fmt: skip
+    assert report["published"]["GroupRank-32B"] == {"mean": 14.9, "pony": 14.9}
+
+
+def test_options_that_change_the_numbers_are_named_in_the_output(small):
+    qrels = small / "pony" / "qrels" / "test.tsv"
+    arguments = ("--qrels", qrels, "--run", small / "two.run")
+    _, plain, _ = command(*arguments)
+    assert "ties by document id, descending; linear gain; relevant from grade 1; mean over queries in both" in plain
+    _, out, _ = command(*arguments, "--ties", "first-stage", "--gain", "exponential", "--complete",
+                        "--ignore-identical-ids", "--relevance-level", "2")  # fmt: skip
+    for name in ("first-stage order", "exponential", "from grade 2", "--complete", "like their query ignored"):
+        assert name in out
+
+
+def test_markdown_table(small):
+    _, out, _ = command("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "two.run", "--markdown",
+                        "--metrics", "p@1")  # fmt: skip
+    assert out.splitlines()[:3] == ["| run |    p@1 |", "| --- | -----: |", "| two | 100.00 |"]
+
+
+def test_several_tasks_at_once_are_averaged_over_tasks(small):
+    (small / "pony").rename(small / "aops")
+    write(small / "biology.qrels", "1 0 a 1\n")
+    for task in ("aops", "biology"):
+        write(small / f"r-{task}.run", (small / "one.run").read_text())
+    arguments = ("--qrels", small / "aops" / "qrels" / "test.tsv", small / "biology.qrels",
+                 "--run", small / "r-{task}.run", "--metrics", "p@1", "--paper", "bright")  # fmt: skip
+    _, out, _ = command(*arguments)
+    assert re.search(r"^p@1 +mean +aops +biology$", out, re.M)
+    assert re.search(r"^r-\{task\} +25.00 +50.00 +0.00$", out, re.M)
+    assert "published" not in out or "GroupRank-32B" in out
+    report = json.loads(command(*arguments, "--json")[1])
+    assert report["runs"]["r-{task}"]["p@1"] == 0.25 and set(report["tasks"]) == {"aops", "biology"}
+
+
+def test_per_query_values_add_up_and_are_never_overwritten(small):
+    arguments = ("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run", small / "two.run",
+                 "--per-query", small / "q.tsv", "--metrics", "ndcg@10")  # fmt: skip
+    report = json.loads(command(*arguments, "--json")[1])
+    rows = [line.split("\t") for line in (small / "q.tsv").read_text().splitlines()]
+    assert rows[0] == ["run", "metric", "query-id", "value"]
+    values = [float(value) for run, _, _, value in rows[1:] if run == "one"]
+    assert sum(values) / 2 == pytest.approx(report["runs"]["one"]["ndcg@10"], abs=1e-15)
+    status, _, err = command(*arguments, check=False)
+    assert status == 2 and "q.tsv exists" in err and "--overwrite" in err
+    command(*arguments, "--overwrite")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--qrels", "nowhere", "--run", "one.run"), "error: nowhere: No such file or directory"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "nowhere"), "error: nowhere: No such file or directory"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "pony"), "error: pony: Is a directory"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "other.run"), "share no query"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--metrics", "dcg"), "unknown metric 'dcg'"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "r2med"), "no task 'pony'"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--relevance-level", "0"), "at least 1"),
+    (("--plot", "empty.jsonl", "--out", "x.png"), "nothing to draw"),
+    (("--plot", "one.run"), "Expecting value"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line_and_status_2(small, monkeypatch, arguments, message):
+    monkeypatch.chdir(small)
+    write(small / "other.run", "77 Q0 a 1 1 t\n")
+    write(small / "empty.jsonl", "{}\n")
+    status, out, err = command(*arguments, check=False)
+    assert (status, out) == (2, "")
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (small / "x.png").exists()
+
+
+def test_no_command_is_a_usage_error_and_interrupts_exit_with_130():
+    assert command(check=False)[0] == 2
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        evaluate.run_cli(interrupted)
+    assert stop.value.code == 130
+
+
+def test_faults_of_ours_keep_their_traceback():
+    def broken():
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        evaluate.run_cli(broken)
+
+
+def test_help_starts_fast_and_imports_nothing_heavy():
+    code = ("import sys; sys.argv = ['evaluate.py', '--help']\nimport evaluate\ntry:\n evaluate.main()\n"
+            "finally:\n heavy = {'torch', 'matplotlib', 'pyarrow', 'huggingface_hub', 'scipy', 'pandas'}\n"
+            " assert not heavy & set(sys.modules)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=False)
+    assert done.returncode == 0 and "evaluate runs:" in done.stdout, done.stderr
+
+
+def test_the_commands_of_the_docstring_parse():
+    for line in evaluate.__doc__.splitlines():
+        if line.strip().startswith("python evaluate.py"):
+            arguments = line.split("#")[0].split()[2:]
+            assert vars(evaluate.build_parser().parse_args(arguments))
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def metrics_file(path):
+    """A training log with some keys absent here and there."""
+    rows = [{"stage": "sft", "step": i, "loss": 3 / (i + 1), "lr": 1e-3, "grad_norm": 1.0} for i in range(1, 61)]
+    for i in range(1, 41):
+        row = {"stage": "grpo", "step": i, "reward": 0.5 + i / 100, "reward/ndcg": 0.6 + i / 200, "kl": i / 1e4,
+               "entropy": 0.5 - i / 400, "completion_tokens": 100 + i, "format_ok": 1.0, "loss": 0.0}  # fmt: skip
+        rows.append({**row, "eval/ndcg@10": 0.8 + i / 400} if i % 10 == 0 else row)
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sweep_file(path):
+    rows = [{"docs_per_group": c, "rounds": t, "ndcg@10": 0.3 + 0.01 * c**0.5 + 0.01 * t, "calls": 9, "tokens": 9,
+             "seconds": 1.0} for c in (1, 5, 10, 20) for t in (1, 2, 4)]  # fmt: skip
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_every_kind_of_file_becomes_a_picture(small):
+    command("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run", small / "two.run",
+            "--per-query", small / "pair.tsv")  # fmt: skip
+    for file in (metrics_file(small / "m.jsonl"), sweep_file(small / "s.jsonl"), small / "pair.tsv"):
+        out = file.with_suffix(".png")
+        command("--plot", file, "--out", out)
+        assert out.read_bytes().startswith(b"\x89PNG")
+        assert command("--plot", file, "--out", out, check=False)[0] == 2  # exists
