@@ -1,0 +1,98 @@
+"""Small models and data for the tests: random weights, real folders, nothing downloaded."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+torch.set_num_threads(2)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ARCHITECTURES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def byte_tokenizer(texts=(), vocab_size=400):
+    """A byte-level BPE tokenizer with ChatML turns, trained on `texts`."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(kind="qwen2", vocab_size=400, seed=0, width=32, layers=2, context=4096):
+    """A causal language model with random weights, grouped-query attention included."""
+    config_class, model_class = ARCHITECTURES[kind]
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        max_position_embeddings=context,
+        tie_word_embeddings=kind != "llama",
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    return model_class(config).eval()
+
+
+def save_tiny_model(folder, kind="qwen2", texts=(), vocab_size=400, **options):
+    """Save a tiny model with its tokenizer as an ordinary Hugging Face folder."""
+    tokenizer = byte_tokenizer(texts, vocab_size)
+    tiny_model(kind, len(tokenizer), **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    """Write training rows as JSONL."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real test data; tests that need it are skipped where it is not given."""
+    folder = os.environ.get("GROUPRANK_TEST_DATA")
+    if not folder:
+        pytest.skip("GROUPRANK_TEST_DATA is not set")
+    return Path(folder)
