@@ -341,13 +341,16 @@ def strictly_decreasing(scores):
 
     A list that decreases already is only rounded. ValueError on numbers that float32 cannot hold.
     """
-    result = [np.float32(np.inf)]
+    result = []
     for score in scores:
         with np.errstate(over="ignore"):
-            result.append(min(np.float32(score), np.nextafter(result[-1], np.float32(-np.inf))))
-        if not (math.isfinite(score) and np.isfinite(result[-1])):
+            value = np.float32(score)
+        if result:
+            value = min(value, np.nextafter(np.float32(result[-1]), np.float32(-np.inf)))
+        if not (np.isfinite(value) and math.isfinite(score)):
             raise ValueError(f"score {score} does not fit into float32")
-    return [float(value) for value in result[1:]]
+        result.append(float(value))
+    return result
 
 
 def write_run(path, rankings, tag="grouprank"):
@@ -941,26 +944,29 @@ def plot(path, out):
 
 
 def _plot_training(figure, rows):
-    """A panel per entry of CURVES: every value, thin, and its average over 5 % of the values."""
-    n_sft = max((row["step"] for row in rows if row.get("stage") == "sft"), default=0)
+    """A panel per entry of CURVES: every value, thin, and its centred average over 5 % of a stage."""
+    stages = [[row for row in rows if (row.get("stage") == "grpo") == grpo] for grpo in (False, True)]
+    n_sft = max((row["step"] for row in stages[0]), default=0)
     panels = {t: [k for k in keys if any(k in row for row in rows)] for t, keys in CURVES.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
+    if not panels:
+        raise KeyError(", ".join(key for keys in CURVES.values() for key in keys))
     n_rows = math.ceil(len(panels) / 2)
     figure.set_size_inches(6.4, 1.9 * n_rows)
     axes = figure.subplots(n_rows, 2, squeeze=False).ravel()
     for axis, (title, keys) in zip(axes, panels.items(), strict=False):
-        for key in keys:
-            points = [(r["step"] + n_sft * (r.get("stage") == "grpo"), r[key]) for r in rows if key in r]
-            x, y = np.array(points, dtype=float).T
-            width = max(1, len(y) // 20)
-            smooth = np.convolve(y, np.ones(width) / width, mode="valid")
-            (line,) = axis.plot(x[width - 1 :], smooth, marker="." if len(y) < 30 else "", label=key)
-            axis.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.8)
-        if n_sft and any(row.get("stage") == "grpo" for row in rows):
+        for (number, key), (start, stage) in itertools.product(enumerate(keys), zip((0, n_sft), stages, strict=True)):
+            if points := [(start + row["step"], row[key]) for row in stage if key in row]:
+                x, y = np.array(points, dtype=float).T
+                width = max(1, len(y) // 20)
+                smooth = np.convolve(y, np.ones(width) / width, mode="valid")
+                axis.plot(x, y, color=f"C{number}", alpha=0.25, linewidth=0.8)
+                axis.plot(x[width // 2 :][: len(smooth)], smooth, color=f"C{number}", marker="." * (len(y) < 30), label=key)
+        if all(stages):
             axis.axvline(n_sft, color="gray", linestyle=":", linewidth=1)
-        axis.set(title=title, xlabel="step (SFT, then GRPO)" if n_sft else "step")
+        axis.set(title=title, xlabel="step (SFT, then GRPO)" if all(stages) else "step")
         if len(keys) > 1:
-            axis.legend()
+            axis.legend(ncols=2, loc="lower right", fontsize=6)
     for axis in axes[len(panels) :]:
         axis.remove()
 
@@ -972,9 +978,9 @@ def _plot_sweep(figure, rows):
     for axis, x, other in zip(figure.subplots(1, 2), names, reversed(names), strict=True):
         for value in sorted({row[other] for row in rows}):
             line = sorted((row[x], 100 * row["ndcg@10"]) for row in rows if row[other] == value)
-            axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=f"{value} {names[other]}")
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=value)
         axis.set(xlabel=names[x], ylabel="NDCG@10 (0-100)", xticks=sorted({row[x] for row in rows}))
-        axis.legend()
+        axis.legend(title=names[other], title_fontsize=7, ncols=2)
 
 
 def _plot_pair(figure, rows):

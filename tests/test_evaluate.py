@@ -278,8 +278,10 @@ PEER_MEASURES = {"ndcg_cut", "ndcg", "recall", "P", "map", "map_cut", "recip_ran
 
 
 def assert_equal_to_pytrec_eval(qrels, run, level=1):
+    """Negative grades are 0 for the peer: it writes outside its memory when a query has several."""
     pytrec_eval = pytest.importorskip("pytrec_eval")
-    peer = pytrec_eval.RelevanceEvaluator(qrels, PEER_MEASURES, relevance_level=level).evaluate(run)
+    clipped = {qid: {doc: max(grade, 0) for doc, grade in docs.items()} for qid, docs in qrels.items()}
+    peer = pytrec_eval.RelevanceEvaluator(clipped, PEER_MEASURES, relevance_level=level).evaluate(run)
     ours = evaluate.evaluate_run(qrels, run, list(PEER), relevance_level=level)
     for metric, name in PEER.items():
         assert ours[metric].keys() == peer.keys()
@@ -485,7 +487,6 @@ def test_the_tie_report_of_a_run_without_ties_is_a_point():
     ("1 Q0 a  b 1 2.5 tag\n", {"1": {"a  b": 2.5}}),
     ("1 Q0 a 1 2.5 a tag with spaces\n", {"1": {"a": 2.5}}),
     ("1 Q0 x 1 9 tag\n1 Q0 b 2 3 4 5 tag\n", {"1": {"x": 9.0, "b 2 3": 5.0}}),  # the tag tells
-    ("1 Q0 x 1 9 2 a tag\n1 Q0 b 2 3 4 5 tag\n", None),
     ("\n\r\n1   Q0\ta 1 -2.5e-3 tag\r\n", {"1": {"a": -0.0025}}),
     ("\ufeff1 Q0 a\u00a0b 1 2 tag\n", {"1": {"a\u00a0b": 2.0}}),  # no-break space: part of the id
     ("2 Q0 a 1 1 t\n1 Q0 a 1 1 t\n2 Q0 b 1 1 t\n", {"2": {"a": 1.0, "b": 1.0}, "1": {"a": 1.0}}),
@@ -495,12 +496,8 @@ def test_the_tie_report_of_a_run_without_ties_is_a_point():
 @pytest.mark.parametrize("packed", [False, True])
 def test_runs_are_read_in_every_form(tmp_path, text, expected, packed):
     path = write(tmp_path / "x.run", gzip.compress(text.encode()) if packed else text)
-    if expected is None:
-        with pytest.raises(ValueError, match="line 2: not six columns"):
-            evaluate.read_run(path)
-    else:
-        assert evaluate.read_run(path) == expected
-        assert list(evaluate.read_run(path)) == list(expected)
+    assert evaluate.read_run(path) == expected
+    assert list(evaluate.read_run(path)) == list(expected)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -920,7 +917,7 @@ def test_per_query_values_add_up_and_are_never_overwritten(small):
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "r2med"), "no task 'pony'"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--relevance-level", "0"), "at least 1"),
     (("--plot", "empty.jsonl", "--out", "x.png"), "nothing to draw"),
-    (("--plot", "one.run"), "Expecting value"),
+    (("--plot", "one.run"), "one.run, line 1: "),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_and_status_2(small, monkeypatch, arguments, message):
     monkeypatch.chdir(small)
