@@ -432,7 +432,7 @@ def read_jsonl(path):
         for line in lines:
             row = json.loads(line) if line.strip() else {}
             if not isinstance(row, dict):
-                raise ValueError("not a JSON object")  # noqa: TRY004
+                raise ValueError("not a JSON object")
             if row:
                 yield row
 
@@ -1004,12 +1004,11 @@ def _plot_pair(figure, rows):
 def table(rows, markdown=False):
     """Rows of strings (the first is the header) as aligned text or as a Markdown table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-             for row in rows]  # fmt: skip
-    if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in lines)
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    if markdown:
+        return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def published(benchmark, tasks):
@@ -1100,23 +1099,24 @@ def describe(report):
 
 
 def print_reports(args, reports, names):
-    """Print one report, or the table by task of several, in the form that was asked for."""
-    by_task = {name: {task: r["runs"][name][args.metrics[0]] for task, r in reports.items()} for name in names}
-    runs = {name: {m: mean({t: r["runs"][name][m] for t, r in reports.items()}) for m in args.metrics}
-            for name in names}  # fmt: skip
+    """Print one report, or several and their means over tasks, in the form that was asked for."""
+    if args.paper and args.metrics[0] != "ndcg@10":
+        raise ValueError("the paper's figures are NDCG@10: name ndcg@10 first in --metrics")
     paper = published(args.paper, list(reports)) if args.paper else {}
+    values = {name: [r["runs"][name] for r in reports.values()] for name in names}
+    runs = {n: {m: sum(v[m] for v in of) / len(of) for m in args.metrics} for n, of in values.items()}
     if args.json:
-        single = len(reports) == 1
-        output = next(iter(reports.values())) if single else {"runs": runs, "tasks": reports}
+        output = {"runs": runs, "tasks": reports} if len(reports) > 1 else next(iter(reports.values()))
         print(json.dumps({**output, "published": paper} if paper else output, indent=1))
         return
-    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
-    rows = [["run", *args.metrics], *([n, *(number(100 * v) for v in runs[n].values())] for n in names)]
-    if len(reports) > 1 or paper:
-        rows = [[args.metrics[0], "mean", *reports]]
-        rows += [[n, number(100 * mean(v)), *(number(100 * x) for x in v.values())] for n, v in by_task.items()]
-        rows += [[f"{n} (published)", *map(number, row.values())] for n, row in paper.items()]
+    number = lambda x: "-" if x is None else f"{x:.2f}"  # noqa: E731
+    rows = [["run", *args.metrics], *([n, *(number(100 * x) for x in runs[n].values())] for n in names)]
     print(table(rows, args.markdown))
+    if first := args.metrics[0] * (len(reports) > 1 or bool(paper)):
+        rows = [[first, "mean", *reports]]
+        rows += [[n, *(number(100 * x) for x in (runs[n][first], *(v[first] for v in values[n])))] for n in names]
+        rows += [[f"{system} (published)", *map(number, row.values())] for system, row in paper.items()]
+        print("\n" + table(rows, args.markdown))
     for report in reports.values():
         print("", *describe(report), sep="\n- " if args.markdown else "\n")
 
@@ -1124,44 +1124,49 @@ def print_reports(args, reports, names):
 # --- Command line ---------------------------------------------------------------------------------
 
 
+OPTIONS = {  # group -> option, its help, and what else argparse needs to know
+    "evaluate runs": [
+        ("--qrels", "judgements: TREC, BEIR or JSON; several tasks if --run holds {task}", {"nargs": "+"}),
+        ("--run", "runs: TREC or JSON; the others are compared with the first", {"nargs": "+", "action": "extend"}),
+        ("--metrics", "ndcg recall p map mrr success judged (@k); rbo (@p) with the first run",
+         {"nargs": "+", "default": ["ndcg@10", "recall@100", "map", "mrr@10"]}),
+        ("--complete", "mean over all judged queries, missing ones 0", {}),
+        ("--ties", "equal scores by document id, or in the order of the run's lines",
+         {"choices": ["trec_eval", "first-stage"], "default": "trec_eval"}),
+        ("--gain", "of NDCG", {"choices": ["linear", "exponential"], "default": "linear"}),
+        ("--relevance-level", "relevant from this grade on", {"type": int, "default": 1}),
+        ("--ignore-identical-ids", "drop documents named like their query, as BEIR does", {}),
+        ("--excluded", "documents to drop (default: excluded.tsv beside the qrels folder)", {"nargs": None}),
+    ],
+    "output": [
+        ("--json", "print everything as JSON, fractions 0-1", {}),
+        ("--markdown", "print a Markdown table", {}),
+        ("--paper", "add the paper's NDCG@10", {"choices": ["bright", "r2med", "beir"]}),
+        ("--per-query", "also write a .tsv of run, metric, query, value", {"nargs": None}),
+        ("--out", "of --prepare (a folder) or --plot (a picture)", {"nargs": None}),
+        ("--overwrite", "replace outputs that exist", {}),
+        ("--seed", "of the randomisation test and the bootstrap", {"type": int, "default": 0}),
+    ],
+    "prepare a benchmark as a BEIR folder": [
+        ("--prepare", "bright/TASK, r2med/TASK (TASK may be all) or beir/NAME", {"nargs": None}),
+        ("--source", "folder of a local clone, instead of the Hugging Face hub", {"nargs": None}),
+        ("--long-documents", "BRIGHT's long documents", {}),
+        ("--split", "of BEIR's judgements", {"default": "test"}),
+        ("--skip-checks", "accept other row counts and missing judged documents", {}),
+    ],
+    "draw a picture": [("--plot", "metrics.jsonl, sweep.jsonl or a --per-query file", {"nargs": None})],
+}  # fmt: skip
+
+
 def build_parser():
-    """The options, in the groups that --help shows."""
+    """The parser of OPTIONS; an option without further words is a flag."""
     usage = "\n".join(line for line in __doc__.splitlines() if "python evaluate.py" in line)
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    group = parser.add_argument_group("evaluate runs")
-    group.add_argument("--qrels", nargs="+", metavar="FILE", help="judgements: TREC, BEIR tsv or JSON; "
-                       "several tasks at once if --run holds {task}")
-    group.add_argument("--run", nargs="+", metavar="FILE", action="extend", help="runs: TREC or JSON, plain or "
-                       "gzip; the first one is what the others are compared with")
-    group.add_argument("--metrics", nargs="+", metavar="M", default=["ndcg@10", "recall@100", "map", "mrr@10"],
-                       help="ndcg recall p map mrr success judged (@k), rbo (@p, with the first run)")
-    group.add_argument("--complete", action="store_true", help="mean over all judged queries, missing = 0")
-    group.add_argument("--ties", choices=["trec_eval", "first-stage"], default="trec_eval", help="equal "
-                       "scores: by document id, or in the order of the run file's lines")
-    group.add_argument("--gain", choices=["linear", "exponential"], default="linear", help="of NDCG")
-    group.add_argument("--relevance-level", type=int, default=1, metavar="N", help="relevant from this grade")
-    group.add_argument("--ignore-identical-ids", action="store_true", help="drop documents named like "
-                       "their query, as BEIR does")
-    group.add_argument("--excluded", metavar="FILE", help="documents to remove before scoring (default: "
-                       "excluded.tsv beside the qrels folder)")
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print everything as JSON, fractions 0-1")
-    group.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    group.add_argument("--paper", choices=["bright", "r2med", "beir"], help="add the paper's NDCG@10")
-    group.add_argument("--per-query", metavar="FILE", help="also write a .tsv of run, measure, query, value")
-    group.add_argument("--out", metavar="PATH", help="of --prepare (a folder) or --plot (a picture)")
-    group.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    group.add_argument("--seed", type=int, default=0, help="of the randomisation and bootstrap tests")
-    group = parser.add_argument_group("prepare a benchmark as a BEIR folder")
-    group.add_argument("--prepare", metavar="NAME", help="bright/TASK, r2med/TASK (or /all), beir/NAME")
-    group.add_argument("--source", metavar="FOLDER", help="a local clone, instead of the Hugging Face hub")
-    group.add_argument("--long-documents", action="store_true", help="BRIGHT's long documents")
-    group.add_argument("--split", default="test", help="of BEIR's judgements")
-    group.add_argument("--skip-checks", action="store_true", help="accept other row counts")
-    group = parser.add_argument_group("draw a picture")
-    group.add_argument("--plot", metavar="FILE", help="metrics.jsonl, sweep.jsonl or a --per-query .tsv")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=usage, formatter_class=form)
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, text, words in options:
+            group.add_argument(name, help=text, **words or {"action": "store_true"})
     return parser
 
 
@@ -1170,14 +1175,16 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     if args.prepare:
-        benchmark, _, task = args.prepare.partition("/")
-        tasks = list(benchmark_table(benchmark)) if task == "all" else [task]
-        for task in tasks:
-            out = Path(args.out or f"data/{benchmark}/{args.prepare.partition('/')[2]}")
-            out = out / task if len(tasks) > 1 else out
+        benchmark, _, wanted = args.prepare.partition("/")
+        every = [known for known in benchmark_table(benchmark) if known != "mean"]
+        for task in every if (several := wanted == "all") else [wanted]:
+            out = Path(args.out or f"data/{benchmark}") / (task if several or not args.out else "")
+            source = args.source
+            if several and source and benchmark != "bright":  # one repository a task
+                source = Path(source) / task
             refuse_overwrite(out, args.overwrite)
-            print(f"{benchmark}/{task}: from {args.source or 'the Hugging Face hub'} to {out}", flush=True)
-            print(prepare(f"{benchmark}/{task}", out, source=args.source, split=args.split,
+            print(f"{benchmark}/{task}: from {source or 'the Hugging Face hub'} to {out}", flush=True)
+            print(prepare(f"{benchmark}/{task}", out, source=source, split=args.split,
                           long_documents=args.long_documents, check=not args.skip_checks))  # fmt: skip
     elif args.plot:
         out = args.out or str(Path(args.plot).with_suffix(".png"))

@@ -9,6 +9,7 @@ GROUPRANK_TEST_DATA; their tests skip where it is unset.
 import contextlib
 import gzip
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -198,8 +199,6 @@ def test_formulas_do_not_modify_their_arguments():
 
 def all_tie_breaks(scores):
     """Every order of the documents that the scores allow."""
-    import itertools
-
     levels = [[i for i, s in enumerate(scores) if s == level] for level in sorted({*scores}, reverse=True)]
     for orders in itertools.product(*(itertools.permutations(level) for level in levels)):
         yield [i for order in orders for i in order]
@@ -553,9 +552,9 @@ def test_bad_qrels_are_refused_with_file_and_line(tmp_path, text, message):
 @given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=60))
 def test_written_scores_decrease_strictly_in_float32_and_only_where_needed(scores):
     values = evaluate.strictly_decreasing(scores)
-    assert all(np.float32(a) > np.float32(b) for a, b in zip(values, values[1:], strict=False))
+    assert all(np.float32(a) > np.float32(b) for a, b in itertools.pairwise(values))
     assert all(np.float32(value) == value for value in values)
-    if all(np.float32(a) > np.float32(b) for a, b in zip(scores, scores[1:], strict=False)):
+    if all(np.float32(a) > np.float32(b) for a, b in itertools.pairwise(scores)):
         assert values == [float(np.float32(score)) for score in scores]  # only rounded
 
 
@@ -577,7 +576,7 @@ def test_a_written_run_reads_back_in_the_same_order_everywhere(tmp_path, spaced)
     lines = (tmp_path / "x.run").read_text().splitlines()
     assert all(len(line.split("\t" if spaced else " ")) == 6 for line in lines)
     printed = [float(re.split("\t" if spaced else " ", line)[4]) for line in lines]
-    assert all(a > b for a, b in zip(printed, printed[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(printed))
 
 
 @pytest.mark.parametrize("rankings", [
@@ -691,11 +690,9 @@ def write_rows(path, rows, parquet):
     """Rows as PATH.jsonl, or as PATH-00000-of-00001.parquet, the hub's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if parquet:
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
+        table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
         name = path.with_name(path.name + "-00000-of-00001.parquet")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+        pytest.importorskip("pyarrow.parquet").write_table(table, name)
     else:
         write(path.with_name(path.name + ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -746,6 +743,17 @@ def test_prepare_checks_row_counts_and_leaves_no_corpus_behind(tmp_path):
     assert not (tmp_path / "b" / "corpus.jsonl").exists()
 
 
+def test_prepare_all_takes_every_task_of_a_benchmark(tmp_path):
+    source = small_bright(tmp_path / "clone")
+    for task in evaluate.benchmark_table("bright"):
+        for part in ("documents", "examples", "gpt4_reason"):
+            text = (source / part / "pony.jsonl").read_text()
+            write(source / part / f"{task}.jsonl", text)
+    _, out, _ = command("--prepare", "bright/all", "--source", source, "--out", tmp_path / "b", "--skip-checks")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(evaluate.benchmark_table("bright"))
+    assert len(out.splitlines()) == 24
+
+
 @pytest.mark.parametrize("parquet", [False, True])
 def test_prepare_r2med(tmp_path, parquet):
     clone = tmp_path / "clone"
@@ -790,7 +798,7 @@ def test_prepare_names_what_is_wrong(tmp_path):
     for name in ("bright", "bright/chemistry", "msmarco/x", "r2med/biology"):
         with pytest.raises(ValueError, match="unknown benchmark"):
             evaluate.prepare(name, tmp_path / "b", source=tmp_path)
-    with pytest.raises(ValueError, match="has none of examples/pony.jsonl"):
+    with pytest.raises(ValueError, match=r"has none of examples/pony\.jsonl"):
         evaluate.prepare("bright/pony", tmp_path / "b", source=tmp_path)
     status, _, err = command("--prepare", "bright/pony", "--source", tmp_path / "nowhere", check=False)
     assert status == 2 and err.startswith("error: --source") and "Traceback" not in err
@@ -800,7 +808,7 @@ def test_judged_documents_that_the_corpus_lacks_are_an_error(tmp_path):
     write_rows(tmp_path / "c" / "corpus", [{"_id": "a", "text": "x"}], False)
     write_rows(tmp_path / "c" / "queries", [{"_id": "1", "text": "q"}], False)
     write(tmp_path / "c" / "test.tsv", "query-id\tcorpus-id\tscore\n1\tgone\t2\n")
-    with pytest.raises(ValueError, match="1 judged documents are missing: gone"):
+    with pytest.raises(ValueError, match=r"1 judged documents are missing: gone"):
         evaluate.prepare("beir/other", tmp_path / "n", source=tmp_path / "c")
 
 
@@ -837,7 +845,7 @@ def small(tmp_path):
     qrels = {"1": {"a": 1, "b": 0}, "2": {"c": 2}, "3": {"a": 1}}
     evaluate.write_collection(folder, dict.fromkeys("abcd", "text"), dict.fromkeys("123", "q"), qrels, {"2": {"d"}})
     write(tmp_path / "one.run", "1 Q0 b 1 2 t\n1 Q0 a 2 1 t\n2 Q0 d 1 2 t\n2 Q0 c 2 1 t\n9 Q0 a 1 1 t\n")
-    write(tmp_path / "two.run", "1 Q0 a 1 2 t\n1 Q0 b 2 1 t\n2 Q0 c 1 1 t\n2 Q0 b 2 1 t\n")
+    write(tmp_path / "two.run", "1 Q0 a 1 2 t\n1 Q0 b 2 1 t\n2 Q0 c 1 1 t\n2 Q0 b 2 1 t\n")  # b, c: tied
     return tmp_path
 
 
@@ -855,7 +863,8 @@ def test_json_holds_fractions_comparisons_and_ties(small):
     _, out, _ = command("--qrels", qrels, "--run", small / "one.run", small / "two.run", "--json",
                         "--metrics", "ndcg@10", "rbo", "--complete", "--paper", "bright")  # fmt: skip
     report = json.loads(out)
-    assert report["runs"]["two"]["ndcg@10"] == pytest.approx((1 + 1 / log2(2 + 1) * 0 + 1) / 3, abs=0.2)
+    # two: query 1 is perfect; in query 2, c and b tie and c comes first (ids descending); 3 is missing
+    assert report["runs"]["two"]["ndcg@10"] == pytest.approx((1 + 1 + 0) / 3)
     assert report["runs"]["one"]["rbo"] == pytest.approx(2 / 3)  # equal to itself where it has a list
     assert report["comparisons"][0]["queries"] == 3
     assert report["ties"]["two"] | {"worst": 0, "expected": 0, "best": 0} == {
@@ -886,11 +895,10 @@ def test_several_tasks_at_once_are_averaged_over_tasks(small):
     for task in ("aops", "biology"):
         write(small / f"r-{task}.run", (small / "one.run").read_text())
     arguments = ("--qrels", small / "aops" / "qrels" / "test.tsv", small / "biology.qrels",
-                 "--run", small / "r-{task}.run", "--metrics", "p@1", "--paper", "bright")  # fmt: skip
+                 "--run", small / "r-{task}.run", "--metrics", "p@1")  # fmt: skip
     _, out, _ = command(*arguments)
     assert re.search(r"^p@1 +mean +aops +biology$", out, re.M)
     assert re.search(r"^r-\{task\} +25.00 +50.00 +0.00$", out, re.M)
-    assert "published" not in out or "GroupRank-32B" in out
     report = json.loads(command(*arguments, "--json")[1])
     assert report["runs"]["r-{task}"]["p@1"] == 0.25 and set(report["tasks"]) == {"aops", "biology"}
 
@@ -916,6 +924,7 @@ def test_per_query_values_add_up_and_are_never_overwritten(small):
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--metrics", "dcg"), "unknown metric 'dcg'"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "r2med"), "no task 'pony'"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--relevance-level", "0"), "at least 1"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "bright", "--metrics", "p@1"), "NDCG@10"),
     (("--plot", "empty.jsonl", "--out", "x.png"), "nothing to draw"),
     (("--plot", "one.run"), "one.run, line 1: "),
 ])  # fmt: skip
