@@ -49,8 +49,8 @@ from tqdm import tqdm
 def run_cli(main):
     """Run `main()`; a user's mistake becomes one line `error: ...` and exit status 2, no traceback.
 
-    Mistakes are ValueError, OSError and the ImportError of an optional package. Anything else is our
-    fault and keeps its traceback; GROUPRANK_TRACEBACK=1 shows all of them.
+    Mistakes are ValueError, OSError and the ImportError of an optional package. Anything else is
+    our fault and keeps its traceback; GROUPRANK_TRACEBACK=1 shows all of them.
     """
     try:
         main()
@@ -73,7 +73,7 @@ def run_cli(main):
 def open_atomic(path, mode="w"):
     """Open a file for writing that appears under its name when it is complete, or not at all.
 
-    Written beside `path` under a temporary name, flushed to disk, renamed. Text is UTF-8 with "\\n".
+    Written beside `path` under a temporary name, flushed to disk, renamed. Text: UTF-8, "\\n".
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def success(ranked_grades, k=None, *, level=1):
 
 
 def judged(ranked_flags, k=None):
-    """judged@k = share of the first k retrieved that are judged (flag true); none retrieved: 0.0."""
+    """judged@k = share of the first k retrieved that are judged (flag true); nothing: 0.0."""
     flags = [bool(flag) for flag in ranked_flags[:k]]
     return sum(flags) / max(len(flags), 1)
 
@@ -164,7 +164,7 @@ def rank_biased_overlap(ranking_a, ranking_b, p=0.9):
 
     X_d: documents that both have in their first d; s <= l: the two lengths. In [0, 1]: 1 for equal
     lists (also two empty ones), 0 for disjoint ones. On two orders of the same documents it never
-    reaches 0. The first 10 ranks hold 86 % of the weight at p 0.9. ValueError on a repeated document.
+    reaches 0. The first 10 ranks hold 86 % of the weight at p 0.9. ValueError if one repeats.
     """
     a, b = list(ranking_a), list(ranking_b)
     if not 0.0 < p < 1.0 or len(set(a)) < len(a) or len(set(b)) < len(b):
@@ -187,17 +187,17 @@ def rank_biased_overlap(ranking_a, ranking_b, p=0.9):
 
 
 def tie_averaged(scores, values):
-    """`values` in descending order of `scores`, each run of equal scores replaced by its mean value.
+    """`values` in descending order of `scores`, each run of equal scores replaced by its mean.
 
-    DCG, recall and precision are linear in the values (gains; relevance 0 or 1), so a measure of the
-    averaged values is exactly its expectation over all orders of the ties:
+    DCG, recall and precision are linear in the values (gains; relevance 0 or 1), so the measure of
+    averaged values is exactly the expectation over all orders of the ties:
 
         expected NDCG@k   = ndcg(tie_averaged(scores, gains), gains, k)
         expected recall@k = sum(tie_averaged(scores, relevant)[:k]) / sum(relevant)
 
     N scores and N values in, a list of N floats out; the order of the documents does not matter.
     """
-    pairs = sorted((-float(score), float(value)) for score, value in zip(scores, values, strict=True))
+    pairs = sorted((-float(score), float(v)) for score, v in zip(scores, values, strict=True))
     averaged = []
     while len(averaged) < len(pairs):
         tied = [value for score, value in pairs if score == pairs[len(averaged)][0]]
@@ -249,7 +249,7 @@ RUN_LINE = [  # a line of more than six words: the id takes as many of them as i
 
 @contextlib.contextmanager
 def numbered_lines(path):
-    """Yield the lines of a UTF-8 text file, plain or gzip; ValueErrors get its name and the line."""
+    """Yield the lines of a UTF-8 text file, plain or gzip; ValueErrors name it and the line."""
     counter = itertools.count()  # counts the lines at the speed of C
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
@@ -291,9 +291,9 @@ def read_json_table(path):
 def read_run(path):
     """Read a run {query id: {document id: score}}, in the order of the file.
 
-    TREC lines `qid Q0 docid rank score tag`, by tabs or spaces, plain or gzip; or that dict as JSON.
-    Ids and tags may hold spaces where the line stays decidable. Raises ValueError, naming file, line
-    and ids, on malformed lines, scores that are not finite, and documents listed twice.
+    TREC lines `qid Q0 docid rank score tag`, by tabs or spaces, plain or gzip; or the dict as JSON.
+    Ids and tags may hold spaces where the line stays decidable. ValueError, naming file, line and
+    ids, on malformed lines, scores that are not finite, and documents listed twice.
     """
     table = read_json_table(path)
     run = {qid: {doc: float(s) for doc, s in row.items()} for qid, row in (table or {}).items()}
@@ -319,7 +319,7 @@ def read_run(path):
 
 
 def _split_run_line(line, last_tag):
-    """The six fields of a line with more words; two readings are settled by the tag of the last line."""
+    """The six fields of a line with more words; the tag of the last line settles two readings."""
     fields = [field.strip() for field in line.strip(" \r\n").split("\t", 5)]
     fields = fields if len(fields) == 6 else re.split(r"\s+", line.strip(), flags=re.ASCII)
     if len(fields) == 6:
@@ -350,7 +350,7 @@ def strictly_decreasing(scores):
 
 
 def write_run(path, rankings, tag="grouprank"):
-    """Write {query id: [(document id, score), ...]}, best first, as a TREC run that keeps this order.
+    """Write {query id: [(document id, score), ...]}, best first, as a TREC run in this order.
 
     Scores are made `strictly_decreasing` and written with all digits, so that every evaluator sees
     this order. Spaces separate the columns, or tabs if an id holds a space.
@@ -377,7 +377,7 @@ def read_qrels(path):
     """
     table, qrels, n_columns = read_json_table(path), {}, None
     with numbered_lines(path) as lines:
-        rows = ([q, doc, str(grade)] for q, row in (table or {}).items() for doc, grade in row.items())
+        rows = ([q, doc, str(n)] for q, row in (table or {}).items() for doc, n in row.items())
         for fields in rows if table is not None else map(split_fields, lines):
             if not any(fields):
                 continue
@@ -421,9 +421,10 @@ def read_collection(folder, queries=None, split="test"):
     for needed in (corpus, texts, *judged):
         if not needed.is_file():
             files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.[jt]s*"))
-            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files[:9]) or 'nothing'}")
-    return Collection(_read_texts(corpus), _read_texts(texts), read_qrels(*judged) if judged else {},
-                      read_excluded(excluded) if excluded.exists() else {})  # fmt: skip
+            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files[:9]) or 'none'}")
+    qrels = read_qrels(*judged) if judged else {}
+    exclusions = read_excluded(excluded) if excluded.exists() else {}
+    return Collection(_read_texts(corpus), _read_texts(texts), qrels, exclusions)
 
 
 def read_jsonl(path):
@@ -507,14 +508,14 @@ STOP_WORDS = (  # the 33 of Lucene's EnglishAnalyzer
 
 
 class BM25:
-    """BM25 as Lucene scores it, with exact document lengths, over a list of texts (numbered from 0).
+    """BM25 as Lucene scores it, with exact document lengths, over texts numbered from 0.
 
     score(q, d) = sum over words t of q: idf(t) tf / (tf + k1 (1 - b + b |d| / mean |d|))
     idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
 
-    k1 0.9 and b 0.4 are Anserini's, and BRIGHT's baseline has them too (with stemming: figures differ
-    a little). A word that the query repeats counts each time. The weight of each (word, document)
-    pair is computed when indexing, so that a query only adds slices of it up.
+    k1 0.9 and b 0.4 are Anserini's, and BRIGHT's baseline has them too (with stemming: figures
+    differ a little). A word that the query repeats counts each time. The weight of a (word,
+    document) pair is computed when indexing, so that a query only adds slices of it up.
     """
 
     def __init__(self, texts, k1=0.9, b=0.4):
@@ -534,7 +535,7 @@ class BM25:
         docs = np.repeat(np.arange(self.n_docs), counts)[words >= n_stop]
         lengths = np.bincount(docs, minlength=self.n_docs)
         pairs = np.sort(words[words >= n_stop] * self.n_docs + docs)  # equal ones side by side
-        first = np.flatnonzero(np.diff(pairs, prepend=-1))  # (P,): one posting per word and document
+        first = np.flatnonzero(np.diff(pairs, prepend=-1))  # (P,): one posting a word and document
         tf = np.diff(first, append=len(pairs))
         words, self.docs = np.divmod(pairs[first], self.n_docs)
         df = np.bincount(words, minlength=len(self.vocabulary))
@@ -568,7 +569,7 @@ class BM25:
 
 # --- Evaluating runs ------------------------------------------------------------------------------
 
-MEASURES = {  # name -> f(ranked grades, ranked judged flags, all judged grades, k, level, exponential)
+MEASURES = {  # name -> f(ranked grades, ranked flags, judged grades, k, level, exponential)
     "ndcg": lambda g, f, j, k, level, exponential: ndcg(g, j, k, exponential=exponential),
     "recall": lambda g, f, j, k, level, exponential: recall(g, j, k, level=level),
     "p": lambda g, f, j, k, level, exponential: precision(g, k, level=level),
@@ -580,7 +581,7 @@ MEASURES = {  # name -> f(ranked grades, ranked judged flags, all judged grades,
 
 
 def parse_metric(text):
-    """("ndcg", 10) of "ndcg@10"; (name, None) without a cut-off; ("rbo", p) of "rbo" or "rbo@0.9"."""
+    """("ndcg", 10) of "ndcg@10"; (name, None) without cut-off; ("rbo", p) of "rbo@0.9"."""
     name, _, cut = text.lower().partition("@")
     try:
         if name == "rbo" and 0 < float(cut or 0.9) < 1:
@@ -593,7 +594,7 @@ def parse_metric(text):
 
 
 def rank_judged(scores, judgements, ties="trec_eval"):
-    """Grades (N,) of a ranking by score, 0 where unjudged, and flags (N,), 1 where judged; as lists.
+    """Grades (N,) of a ranking by score, 0 if unjudged, and flags (N,), 1 if judged; two lists.
 
     A judged document's rank is the number of documents above it, plus its place within its tie:
     counting beats sorting, because document ids matter inside a tie only.
@@ -618,8 +619,8 @@ def evaluate_run(qrels, run, metrics=("ndcg@10",), *, relevance_level=1, complet
                  ties="trec_eval", gain="linear", reference=None):  # fmt: skip
     """Each metric of each query: {metric: {query id: value in [0, 1]}}, queries as in the qrels.
 
-    Queries that both have, or with `complete` all of the qrels, missing ones 0. ties: "trec_eval" or
-    "first-stage" (order of the run's dict); gain: "linear" or "exponential"; reference: the run
+    Queries that both have, or with `complete` all of the qrels, missing ones 0. ties: "trec_eval"
+    or "first-stage" (order of the run's dict); gain: "linear" or "exponential"; reference: the run
     that rbo compares with. ValueError on unknown names, a level < 1, scores that are not finite.
     """
     if ties not in ("trec_eval", "first-stage") or gain not in ("linear", "exponential"):
@@ -654,26 +655,29 @@ def remove_documents(run, excluded=None, identical_ids=False):
     kept, n_removed = {}, 0
     for qid, scores in run.items():
         unwanted = {*(excluded or {}).get(qid, ()), *([qid] if identical_ids else [])}
-        kept[qid] = {doc: s for doc, s in scores.items() if doc not in unwanted} if unwanted else scores
+        kept[qid] = scores
+        if unwanted:
+            kept[qid] = {doc: s for doc, s in scores.items() if doc not in unwanted}
         n_removed += len(scores) - len(kept[qid])
     return kept, n_removed
 
 
-def tie_report(qrels, run, k=10, *, gain="linear"):
+def tie_report(qrels, run, k=10, *, gain="linear", complete=False):
     """What ties decide in NDCG@k: {"k", "slots", "decided", "worst", "expected", "best"}.
 
     slots: the first k ranks of every query that both have; decided: those whose document shares its
     score with another. NDCG@k is the mean for the worst and the best order of all ties, and the
-    exact expectation over random orders (`tie_averaged`).
+    exact expectation over random orders (`tie_averaged`); `complete` as in `evaluate_run`.
     """
     queries = [qid for qid in qrels if run.get(qid)]
+    n_queries = len(qrels) if complete else len(queries)
     report = {"k": k, "slots": 0, "decided": 0, "worst": 0.0, "expected": 0.0, "best": 0.0}
     for qid in queries:
         gains = {doc: float(max(grade, 0)) for doc, grade in qrels[qid].items()}
         if gain == "exponential":
             gains = {doc: 2.0**value - 1.0 for doc, value in gains.items()}
         values, ids = as_float32(run[qid]), list(run[qid])
-        last = np.partition(values, -min(k, len(ids)))[-min(k, len(ids))]  # lower ones cannot get in
+        last = np.partition(values, -min(k, len(ids)))[-min(k, len(ids))]  # lower ones stay out
         top = [(float(values[i]), gains.get(ids[i], 0.0)) for i in np.flatnonzero(values >= last)]
         scores, own = zip(*sorted(top, reverse=True), strict=True)
         shared = collections.Counter(scores)
@@ -685,7 +689,7 @@ def tie_report(qrels, run, k=10, *, gain="linear"):
             worst = ndcg([g for _, g in upwards], gains.values(), k)
             expected = ndcg(tie_averaged(scores, own), gains.values(), k)
         for order, value in (("worst", worst), ("expected", expected), ("best", best)):
-            report[order] += value / len(queries)
+            report[order] += value / n_queries
     return report
 
 
@@ -714,8 +718,8 @@ def t_test_p(t, dof):
 def compare_runs(values_a, values_b, *, seed=0, samples=10_000):
     """Paired comparison b - a of {query id: value}, over the queries that both have.
 
-    {"queries", "difference", "wins", "ties", "losses", "p_randomisation", "p_t", "interval"}: the two-
-    sided tests of a mean difference of 0 (signs flipped at random; Student's t), and the bootstrap
+    {"queries", "difference", "wins", "ties", "losses", "p_randomisation", "p_t", "interval"}: the
+    two-sided tests of a mean difference of 0 (random signs; Student's t), and the bootstrap
     percentile interval of 95 % over queries. All equal: both p are 1. One query: p_t is 1.
     """
     d = np.array([values_b[qid] - values_a[qid] for qid in values_a if qid in values_b])  # (n,)
@@ -790,12 +794,14 @@ def prepare(name, out, *, source=None, long_documents=False, split="test", check
     benchmark, _, task = name.partition("/")
     known = benchmark_table(benchmark)
     if not task or not known or (benchmark != "beir" and task not in known):
-        raise ValueError(f"unknown benchmark {name!r}; there are bright/TASK, r2med/TASK, beir/NAME; "
+        raise ValueError(f"unknown benchmark {name!r}: bright/TASK, r2med/TASK or beir/NAME; "
                          f"{benchmark} has the tasks: {', '.join(known) or 'none'}")  # fmt: skip
     load = {"bright": _load_bright, "r2med": _load_r2med, "beir": _load_beir}[benchmark]
-    rows, queries, qrels, excluded, rewritten = load(task, source, long_documents, split)
+    with fields_named(name):
+        rows, queries, qrels, excluded, rewritten = load(task, source, long_documents, split)
     expected = known.get(task, {}) if check and split == "test" else {}
     n_documents = expected.get("long" if long_documents else "documents")
+    sizes = [("queries", len(queries), expected.get("queries"))]
     seen, counts = set(), collections.Counter()
 
     def documents():
@@ -807,18 +813,29 @@ def prepare(name, out, *, source=None, long_documents=False, split="test", check
                 yield doc, (title, text)
         n_seen, missing = sum(counts.values()), {d for docs in qrels.values() for d in docs} - seen
         faults = [f"{len(missing)} judged documents are missing: {min(missing)}"] if missing else []
-        for what, n, wanted in (("documents", n_seen, n_documents), ("queries", len(queries), expected.get("queries"))):
-            faults += [f"{n} {what}, not {wanted:.0f}"] if wanted and n != wanted else []
+        for what, n, known_n in (*sizes, ("documents", n_seen, n_documents)):
+            faults += [f"{n} {what}, not {known_n:.0f}"] if known_n not in (None, n) else []
         if faults and check:
             raise ValueError(f"{name}: {'; '.join(faults)} (another version? see --skip-checks)")
 
-    write_collection(out, documents(), queries, qrels, excluded, split)
+    with fields_named(name):
+        write_collection(out, documents(), queries, qrels, excluded, split)
     for kind, texts in rewritten.items():
-        write_lines(f"{out}/queries.{kind}.jsonl", ({"_id": q, "text": t} for q, t in texts.items()))
+        lines = ({"_id": qid, "text": text} for qid, text in texts.items())
+        write_lines(f"{out}/queries.{kind}.jsonl", lines)
     return (f"{out}: {counts['kept']} documents ({counts['empty']} empty and {counts['repeated']} "
             f"repeated ones left out), {len(queries)} queries, {sum(map(len, qrels.values()))} "
             f"judgements, {sum(map(len, excluded.values()))} exclusions, rewritten queries: "
             f"{', '.join(rewritten) or 'none'}")  # fmt: skip
+
+
+@contextlib.contextmanager
+def fields_named(name):
+    """Turn the KeyError of a row without an expected field into a ValueError that says so."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{name}: a row of the data set lacks the field {error}") from None
 
 
 def optional(module):
@@ -845,7 +862,7 @@ def _fetch(repo, patterns, source):
 
 
 def read_rows(folder, stem):
-    """Yield the rows (dicts) of a data set's table STEM: JSON lines or parquet, one file or many."""
+    """Yield the rows (dicts) of a table STEM: JSON lines or parquet, one or many files."""
     forms = ("{}.jsonl", "{}.jsonl.gz", "{}.parquet", "{}-*.parquet", "{}/*.jsonl*", "{}/*.parquet")
     names = [form.format(stem) for form in forms]
     files = next(filter(None, (sorted(folder.glob(name)) for name in names)), None)
@@ -860,8 +877,9 @@ def read_rows(folder, stem):
 
 
 def _load_bright(task, source, long_documents, split):
-    """xlangai/BRIGHT: every gold id has grade 1; the folders *_reason hold the rewritten queries."""
-    kind, gold = ("long_documents", "gold_ids_long") if long_documents else ("documents", "gold_ids")
+    """xlangai/BRIGHT: every gold id has grade 1; *_reason hold the rewritten queries."""
+    kind = "long_documents" if long_documents else "documents"
+    gold = "gold_ids_long" if long_documents else "gold_ids"
     parts = [f"{part}/{task}-*" for part in (kind, "examples", "*_reason")]
     folder = _fetch("xlangai/BRIGHT", parts, source)
     examples = list(read_rows(folder, f"examples/{task}"))
@@ -929,8 +947,8 @@ def plot(path, out):
     else:
         rows = list(read_jsonl(path))
         draw = _plot_sweep if "docs_per_group" in (rows or [{}])[0] else _plot_training
-    style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3,
-             "legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
+    style |= {"legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style), open_atomic(out, "wb") as file:
         figure = Figure(layout="constrained")
         try:
@@ -941,8 +959,8 @@ def plot(path, out):
 
 
 def _plot_training(figure, rows):
-    """A panel per entry of CURVES: every value, thin, and its centred average over 5 % of a stage."""
-    stages = [[row for row in rows if (row.get("stage") == "grpo") == grpo] for grpo in (False, True)]
+    """A panel per entry of CURVES: all values, thin, and their running mean over 5 % of a stage."""
+    stages = [[r for r in rows if (r.get("stage") == "grpo") == grpo] for grpo in (False, True)]
     n_sft = max((row["step"] for row in stages[0]), default=0)
     panels = {t: [k for k in keys if any(k in row for row in rows)] for t, keys in CURVES.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
@@ -952,13 +970,16 @@ def _plot_training(figure, rows):
     figure.set_size_inches(6.4, 1.9 * n_rows)
     axes = figure.subplots(n_rows, 2, squeeze=False).ravel()
     for axis, (title, keys) in zip(axes, panels.items(), strict=False):
-        for (number, key), (start, stage) in itertools.product(enumerate(keys), zip((0, n_sft), stages, strict=True)):
+        curves = itertools.product(enumerate(keys), zip((0, n_sft), stages, strict=True))
+        for (number, key), (start, stage) in curves:
             if points := [(start + row["step"], row[key]) for row in stage if key in row]:
                 x, y = np.array(points, dtype=float).T
                 width = max(1, len(y) // 20)
                 smooth = np.convolve(y, np.ones(width) / width, mode="valid")
                 axis.plot(x, y, color=f"C{number}", alpha=0.25, linewidth=0.8)
-                axis.plot(x[width // 2 :][: len(smooth)], smooth, color=f"C{number}", marker="." * (len(y) < 30), label=key)
+                dots = {"marker": "."} if len(y) < 30 else {}
+                centred = x[width // 2 :][: len(smooth)]
+                axis.plot(centred, smooth, color=f"C{number}", label=key, **dots)
         if all(stages):
             axis.axvline(n_sft, color="gray", linestyle=":", linewidth=1)
         axis.set(title=title, xlabel="step (SFT, then GRPO)" if all(stages) else "step")
@@ -993,8 +1014,8 @@ def _plot_pair(figure, rows):
     axis = figure.subplots()
     axis.bar(range(1, len(differences) + 1), differences, width=1.0)
     axis.axhline(np.mean(differences), color="black", linestyle=":", label="mean difference")
-    axis.set(xlabel="queries, sorted", ylabel=f"{metric}, difference in points",
-             title=f"{b} - {a}: {wins} better, {losses} worse, {len(differences)} queries")  # fmt: skip
+    axis.set(xlabel="queries, sorted", ylabel=f"{metric}, difference in points")
+    axis.set_title(f"{b} - {a}: {wins} better, {losses} worse, {len(differences)} queries")
     axis.legend()
 
 
@@ -1012,11 +1033,11 @@ def table(rows, markdown=False):
 
 
 def published(benchmark, tasks):
-    """The paper's rows {system: {task: NDCG@10}} for these tasks, with the "mean" if it has them all."""
+    """The paper's rows {system: {task: NDCG@10}}, with their "mean" if it has all the tasks."""
     known = benchmark_table(benchmark)
     if unknown := [task for task in tasks if task not in known]:
-        raise ValueError(f"--paper {benchmark} has no task {unknown[0]!r}; name the BEIR folder or the "
-                         f"qrels file after one of: {', '.join(known)}")  # fmt: skip
+        raise ValueError(f"--paper {benchmark} has no task {unknown[0]!r}; name the BEIR folder or "
+                         f"the qrels file after one of: {', '.join(known)}")  # fmt: skip
     rows = {}
     for system in list(next(iter(known.values())))[3:]:
         row = {task: known[task][system] for task in tasks}
@@ -1034,8 +1055,9 @@ def task_name(qrels_path):
 
 
 def run_names(paths):
-    """Short names of run files: the file name without its suffixes, or the whole path where equal."""
-    short = [re.sub(r"(\.run|\.trec|\.txt|\.tsv|\.json|\.gz)+$", "", Path(path).name) for path in paths]
+    """Short names of run files: the file name without suffixes, or whole paths where equal."""
+    suffixes = r"(\.run|\.trec|\.txt|\.tsv|\.json|\.gz)+$"
+    short = [re.sub(suffixes, "", Path(path).name) for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
@@ -1047,7 +1069,8 @@ def evaluate_files(args, qrels_path, run_paths, names):
     rules = {"ties": args.ties, "gain": args.gain, "complete": args.complete,
              "relevance_level": args.relevance_level}  # fmt: skip
     cut_offs = [k for name, k in map(parse_metric, args.metrics) if name == "ndcg" and k]
-    report = {"qrels": str(qrels_path), "queries": len(qrels), "judgements": sum(map(len, qrels.values())),
+    report = {"qrels": str(qrels_path), "queries": len(qrels),
+              "judgements": sum(map(len, qrels.values())),
               "rules": {**rules, "ignore_identical_ids": args.ignore_identical_ids}, "runs": {},
               "coverage": {}, "ties": {}, "comparisons": [], "per_query": {}}  # fmt: skip
     reference = None
@@ -1066,7 +1089,8 @@ def evaluate_files(args, qrels_path, run_paths, names):
             "unjudged": len(run.keys() - qrels.keys()),
             "removed_documents": n_removed,
         }
-        report["ties"][name] = tie_report(qrels, run, (cut_offs or [10])[0], gain=args.gain)
+        report["ties"][name] = tie_report(qrels, run, (cut_offs or [10])[0],
+                                            gain=args.gain, complete=args.complete)  # fmt: skip
     for name, metric in itertools.product(names[1:], args.metrics):
         if parse_metric(metric)[0] not in ("rbo", "judged"):
             a, b = (report["per_query"][run][metric] for run in (names[0], name))
@@ -1079,23 +1103,28 @@ def describe(report):
     """The lines below a table: what was compared how, what is missing, ties, paired tests."""
     rules = report["rules"]
     ties = "document id, descending" if rules["ties"] == "trec_eval" else "first-stage order"
-    yield (f"qrels    {report['qrels']}: {report['queries']} queries, {report['judgements']} judgements")
-    yield (f"rules    ties by {ties}; {rules['gain']} gain; relevant from grade {rules['relevance_level']}; "
-           f"mean over {'all judged queries (--complete)' if rules['complete'] else 'queries in both'}"
-           + ("; documents named like their query ignored" if rules["ignore_identical_ids"] else ""))
+    over = "all judged queries (--complete)" if rules["complete"] else "queries in both"
+    alike = "; documents named like their query ignored" if rules["ignore_identical_ids"] else ""
+    yield (f"qrels    {report['qrels']}: {report['queries']} queries, "
+           f"{report['judgements']} judgements")  # fmt: skip
+    yield (f"rules    ties by {ties}; {rules['gain']} gain; relevant from grade "
+           f"{rules['relevance_level']}; mean over {over}{alike}")  # fmt: skip
     for name, n in report["coverage"].items():
-        yield (f"queries  {name}: {n['scored']} scored, {n['missing']} judged ones missing in the run, "
-               f"{n['unjudged']} of the run without judgements"
-               + (f"; {n['removed_documents']} excluded documents removed" * bool(n["removed_documents"])))
+        dropped = n["removed_documents"]
+        yield (f"queries  {name}: {n['scored']} scored, {n['missing']} judged ones missing in the "
+               f"run, {n['unjudged']} of the run without judgements"
+               + (f"; {dropped} excluded documents removed" if dropped else ""))  # fmt: skip
     for name, n in report["ties"].items():
-        yield (f"ties     {name}: {n['decided']} of {n['slots']} top-{n['k']} slots decided by a tie-break; "
-               f"ndcg@{n['k']} over all tie-breaks {100 * n['worst']:.2f} to {100 * n['best']:.2f}, "
-               f"expected {100 * n['expected']:.2f}")  # fmt: skip
+        worst, expected, best = (100 * n[order] for order in ("worst", "expected", "best"))
+        yield (f"ties     {name}: {n['decided']} of {n['slots']} top-{n['k']} slots decided by a "
+               f"tie-break; over all tie-breaks ndcg@{n['k']} is {worst:.2f} to {best:.2f}, "
+               f"expected {expected:.2f}")  # fmt: skip
     for c in report["comparisons"]:
         low, high = (100 * limit for limit in c["interval"])
         yield (f"paired   {c['b']} - {c['a']}, {c['metric']}: {100 * c['difference']:+.2f} "
-               f"[{low:+.2f}, {high:+.2f}]; {c['wins']} wins, {c['ties']} ties, {c['losses']} losses; "
-               f"p = {c['p_randomisation']:.4f} (randomisation), {c['p_t']:.4f} (t-test)")  # fmt: skip
+               f"[{low:+.2f}, {high:+.2f}]; {c['wins']} wins, {c['ties']} ties, {c['losses']} "
+               f"losses; p = {c['p_randomisation']:.4f} (randomisation), "
+               f"{c['p_t']:.4f} (t-test)")  # fmt: skip
 
 
 def print_reports(args, reports, names):
@@ -1104,19 +1133,19 @@ def print_reports(args, reports, names):
         raise ValueError("the paper's figures are NDCG@10: name ndcg@10 first in --metrics")
     paper = published(args.paper, list(reports)) if args.paper else {}
     values = {name: [r["runs"][name] for r in reports.values()] for name in names}
-    runs = {n: {m: sum(v[m] for v in of) / len(of) for m in args.metrics} for n, of in values.items()}
+    runs = {n: {m: sum(v[m] for v in of) / len(of) for m in of[0]} for n, of in values.items()}
     if args.json:
-        output = {"runs": runs, "tasks": reports} if len(reports) > 1 else next(iter(reports.values()))
+        output = {"runs": runs, "tasks": reports}
+        output = output if len(reports) > 1 else next(iter(reports.values()))
         print(json.dumps({**output, "published": paper} if paper else output, indent=1))
         return
-    number = lambda x: "-" if x is None else f"{x:.2f}"  # noqa: E731
-    rows = [["run", *args.metrics], *([n, *(number(100 * x) for x in runs[n].values())] for n in names)]
-    print(table(rows, args.markdown))
+    number = lambda x, unit=1: "-" if x is None else f"{unit * x:.2f}"  # noqa: E731
+    rows = [[n, *(number(x, 100) for x in runs[n].values())] for n in names]
+    print(table([["run", *args.metrics], *rows], args.markdown))
     if first := args.metrics[0] * (len(reports) > 1 or bool(paper)):
-        rows = [[first, "mean", *reports]]
-        rows += [[n, *(number(100 * x) for x in (runs[n][first], *(v[first] for v in values[n])))] for n in names]
-        rows += [[f"{system} (published)", *map(number, row.values())] for system, row in paper.items()]
-        print("\n" + table(rows, args.markdown))
+        rows = [[n, *(number(of[first], 100) for of in (runs[n], *values[n]))] for n in names]
+        rows += [[f"{n} (published)", *map(number, row.values())] for n, row in paper.items()]
+        print("\n" + table([[first, "mean", *reports], *rows], args.markdown))
     for report in reports.values():
         print("", *describe(report), sep="\n- " if args.markdown else "\n")
 
@@ -1126,8 +1155,10 @@ def print_reports(args, reports, names):
 
 OPTIONS = {  # group -> option, its help, and what else argparse needs to know
     "evaluate runs": [
-        ("--qrels", "judgements: TREC, BEIR or JSON; several tasks if --run holds {task}", {"nargs": "+"}),
-        ("--run", "runs: TREC or JSON; the others are compared with the first", {"nargs": "+", "action": "extend"}),
+        ("--qrels", "judgements: TREC, BEIR, JSON; of several tasks if --run holds {task}",
+         {"nargs": "+"}),
+        ("--run", "runs: TREC or JSON; the others are compared with the first",
+         {"nargs": "+", "action": "extend"}),
         ("--metrics", "ndcg recall p map mrr success judged (@k); rbo (@p) with the first run",
          {"nargs": "+", "default": ["ndcg@10", "recall@100", "map", "mrr@10"]}),
         ("--complete", "mean over all judged queries, missing ones 0", {}),
@@ -1136,7 +1167,8 @@ OPTIONS = {  # group -> option, its help, and what else argparse needs to know
         ("--gain", "of NDCG", {"choices": ["linear", "exponential"], "default": "linear"}),
         ("--relevance-level", "relevant from this grade on", {"type": int, "default": 1}),
         ("--ignore-identical-ids", "drop documents named like their query, as BEIR does", {}),
-        ("--excluded", "documents to drop (default: excluded.tsv beside the qrels folder)", {"nargs": None}),
+        ("--excluded", "documents to drop (default: excluded.tsv beside the qrels folder)",
+         {"nargs": None}),
     ],
     "output": [
         ("--json", "print everything as JSON, fractions 0-1", {}),
@@ -1154,15 +1186,18 @@ OPTIONS = {  # group -> option, its help, and what else argparse needs to know
         ("--split", "of BEIR's judgements", {"default": "test"}),
         ("--skip-checks", "accept other row counts and missing judged documents", {}),
     ],
-    "draw a picture": [("--plot", "metrics.jsonl, sweep.jsonl or a --per-query file", {"nargs": None})],
+    "draw a picture": [
+        ("--plot", "metrics.jsonl, sweep.jsonl or a --per-query file", {"nargs": None}),
+    ],
 }  # fmt: skip
 
 
 def build_parser():
     """The parser of OPTIONS; an option without further words is a flag."""
     usage = "\n".join(line for line in __doc__.splitlines() if "python evaluate.py" in line)
+    words = {"description": __doc__.splitlines()[0], "epilog": usage}
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=usage, formatter_class=form)
+    parser = argparse.ArgumentParser(**words, formatter_class=form)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, text, words in options:
@@ -1183,9 +1218,9 @@ def main():
             if several and source and benchmark != "bright":  # one repository a task
                 source = Path(source) / task
             refuse_overwrite(out, args.overwrite)
-            print(f"{benchmark}/{task}: from {source or 'the Hugging Face hub'} to {out}", flush=True)
-            print(prepare(f"{benchmark}/{task}", out, source=source, split=args.split,
-                          long_documents=args.long_documents, check=not args.skip_checks))  # fmt: skip
+            print(f"{benchmark}/{task}: {source or 'the Hugging Face hub'} -> {out}", flush=True)
+            choices = {"long_documents": args.long_documents, "check": not args.skip_checks}
+            print(prepare(f"{benchmark}/{task}", out, source=source, split=args.split, **choices))
     elif args.plot:
         out = args.out or str(Path(args.plot).with_suffix(".png"))
         refuse_overwrite(out, args.overwrite)
@@ -1201,8 +1236,8 @@ def main():
             reports[task] = evaluate_files(args, qrels, paths, names)
         values = [report.pop("per_query") for report in reports.values()]
         if args.per_query:
-            rows = ((run, metric, qid, repr(value)) for report in values for run, of in report.items()
-                    for metric, by_query in of.items() for qid, value in by_query.items())  # fmt: skip
+            rows = ((run, metric, qid, repr(x)) for report in values for run, of in report.items()
+                    for metric, by_query in of.items() for qid, x in by_query.items())  # fmt: skip
             write_lines(args.per_query, [("run", "metric", "query-id", "value"), *rows])
         print_reports(args, reports, names)
     else:

@@ -738,7 +738,7 @@ def test_prepare_bright_long_documents(tmp_path):
 
 def test_prepare_checks_row_counts_and_leaves_no_corpus_behind(tmp_path):
     source = small_bright(tmp_path / "clone")
-    with pytest.raises(ValueError, match="4 documents, not 7894; 2 queries, not 112"):
+    with pytest.raises(ValueError, match="2 queries, not 112; 4 documents, not 7894"):
         evaluate.prepare("bright/pony", tmp_path / "b", source=source)
     assert not (tmp_path / "b" / "corpus.jsonl").exists()
 
@@ -802,6 +802,13 @@ def test_prepare_names_what_is_wrong(tmp_path):
         evaluate.prepare("bright/pony", tmp_path / "b", source=tmp_path)
     status, _, err = command("--prepare", "bright/pony", "--source", tmp_path / "nowhere", check=False)
     assert status == 2 and err.startswith("error: --source") and "Traceback" not in err
+
+
+def test_rows_without_an_expected_field_are_named(tmp_path):
+    source = small_bright(tmp_path / "clone")
+    write(source / "documents" / "pony.jsonl", '{"id": "d/1.txt", "text": "not content"}\n')
+    with pytest.raises(ValueError, match="bright/pony: a row of the data set lacks the field 'content'"):
+        evaluate.prepare("bright/pony", tmp_path / "b", source=source, check=False)
 
 
 def test_judged_documents_that_the_corpus_lacks_are_an_error(tmp_path):
