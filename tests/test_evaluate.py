@@ -718,7 +718,7 @@ def small_bright(folder, parquet=False):
 def test_prepare_bright_keeps_gold_excluded_and_rewritten_queries(tmp_path, parquet):
     source = small_bright(tmp_path / "clone", parquet)
     _, out, _ = command("--prepare", "bright/pony", "--source", source, "--out", tmp_path / "b", "--skip-checks")
-    assert "3 documents (1 empty and 0 repeated ones left out), 2 queries, 3 judgements, 1 exclusions" in out
+    assert "3 documents (1 empty and 0 repeated ones left out; 0 judged ones absent), 2 queries, 3 judgements, 1 exclusions" in out
     collection = evaluate.read_collection(tmp_path / "b")
     assert collection.corpus == {"d/a b.txt": "text of a b", "d/1.txt": "one", "d/2.txt": "two"}
     assert collection.queries == {"0": "q zero", "1": "q one"}
@@ -817,6 +817,16 @@ def test_judged_documents_that_the_corpus_lacks_are_an_error(tmp_path):
     write(tmp_path / "c" / "test.tsv", "query-id\tcorpus-id\tscore\n1\tgone\t2\n")
     with pytest.raises(ValueError, match=r"1 judged documents are missing: gone"):
         evaluate.prepare("beir/other", tmp_path / "n", source=tmp_path / "c")
+
+
+def test_a_few_absent_judged_documents_are_counted_but_accepted(tmp_path):
+    """BEIR's arguana judges 1,406 documents, of which its corpus lacks 5."""
+    write_rows(tmp_path / "c" / "corpus", [{"_id": f"d{i}", "text": "x"} for i in range(199)], False)
+    write_rows(tmp_path / "c" / "queries", [{"_id": "1", "text": "q"}], False)
+    rows = "".join(f"1\td{i}\t1\n" for i in range(200))
+    write(tmp_path / "c" / "test.tsv", "query-id\tcorpus-id\tscore\n" + rows)
+    line = evaluate.prepare("beir/other", tmp_path / "n", source=tmp_path / "c")
+    assert "1 judged ones absent" in line
 
 
 def test_without_network_prepare_says_how_to_go_on(tmp_path):
