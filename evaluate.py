@@ -828,7 +828,8 @@ def prepare(name, out, *, source=None, long_documents=False, split="test", check
         write_lines(f"{out}/queries.{kind}.jsonl", lines)
     return (f"{out}: {counts['kept']} documents ({counts['empty']} empty and {counts['repeated']} "
             f"repeated ones left out; {counts['missing']} judged ones absent), {len(queries)} "
-            f"queries, {sum(map(len, qrels.values()))} judgements, {sum(map(len, excluded.values()))} exclusions, rewritten queries: "
+            f"queries, {sum(map(len, qrels.values()))} judgements, "
+            f"{sum(map(len, excluded.values()))} exclusions, rewritten queries: "
             f"{', '.join(rewritten) or 'none'}")  # fmt: skip
 
 

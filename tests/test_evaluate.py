@@ -942,17 +942,13 @@ def test_per_query_values_add_up_and_are_never_overwritten(small):
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "r2med"), "no task 'pony'"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--relevance-level", "0"), "at least 1"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "bright", "--metrics", "p@1"), "NDCG@10"),
-    (("--plot", "empty.jsonl", "--out", "x.png"), "nothing to draw"),
-    (("--plot", "one.run"), "one.run, line 1: "),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_and_status_2(small, monkeypatch, arguments, message):
     monkeypatch.chdir(small)
     write(small / "other.run", "77 Q0 a 1 1 t\n")
-    write(small / "empty.jsonl", "{}\n")
     status, out, err = command(*arguments, check=False)
     assert (status, out) == (2, "")
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
-    assert not (small / "x.png").exists()
 
 
 def test_no_command_is_a_usage_error_and_interrupts_exit_with_130():
@@ -1008,7 +1004,20 @@ def sweep_file(path):
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+needs_matplotlib = pytest.mark.skipif(
+    not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed"
+)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("text, message", [("{}\n", "nothing to draw"), ("1 Q0 a\n", "line 1: "), ("", "nothing")])
+def test_files_with_nothing_to_draw_are_named_and_leave_no_picture(tmp_path, text, message):
+    status, _, err = command("--plot", write(tmp_path / "x.jsonl", text), check=False)
+    assert status == 2 and message in err and "x.jsonl" in err and err.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+@needs_matplotlib
 def test_every_kind_of_file_becomes_a_picture(small):
     command("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run", small / "two.run",
             "--per-query", small / "pair.tsv")  # fmt: skip
