@@ -288,6 +288,20 @@ def read_json_table(path):
     return table
 
 
+def _split_run_line(line, last_tag):
+    """The six fields of a line with more words; the tag of the last line settles two readings."""
+    fields = [field.strip() for field in line.strip(" \r\n").split("\t", 5)]
+    fields = fields if len(fields) == 6 else re.split(r"\s+", line.strip(), flags=re.ASCII)
+    if len(fields) == 6:
+        return fields
+    readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(line.strip()))}
+    if len(readings) > 1:
+        readings = {reading for reading in readings if reading[5] == last_tag}
+    if len(readings) != 1:
+        raise ValueError(f"not six columns `qid Q0 docid rank score tag`: {line.strip()!r:.200}")
+    return readings.pop()
+
+
 def read_run(path):
     """Read a run {query id: {document id: score}}, in the order of the file.
 
@@ -316,20 +330,6 @@ def read_run(path):
     if not run:
         raise ValueError(f"{path}: the run is empty")
     return run
-
-
-def _split_run_line(line, last_tag):
-    """The six fields of a line with more words; the tag of the last line settles two readings."""
-    fields = [field.strip() for field in line.strip(" \r\n").split("\t", 5)]
-    fields = fields if len(fields) == 6 else re.split(r"\s+", line.strip(), flags=re.ASCII)
-    if len(fields) == 6:
-        return fields
-    readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(line.strip()))}
-    if len(readings) > 1:
-        readings = {reading for reading in readings if reading[5] == last_tag}
-    if len(readings) != 1:
-        raise ValueError(f"not six columns `qid Q0 docid rank score tag`: {line.strip()!r:.200}")
-    return readings.pop()
 
 
 def strictly_decreasing(scores):
@@ -408,25 +408,6 @@ class Collection:
     excluded: dict  # {query id: {document id, ...}}: never to be retrieved for that query (BRIGHT)
 
 
-def read_collection(folder, queries=None, split="test"):
-    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, excluded.tsv (if there).
-
-    `queries`: the NAME of rewritten ones in queries.NAME.jsonl. A folder without qrels has none.
-    ValueError, naming file, line or id, on missing files or keys, repeated ids and empty texts.
-    """
-    folder = Path(folder)
-    corpus, excluded = folder / "corpus.jsonl", folder / "excluded.tsv"
-    texts = folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")
-    judged = [folder / "qrels" / f"{split}.tsv"] if (folder / "qrels").is_dir() else []
-    for needed in (corpus, texts, *judged):
-        if not needed.is_file():
-            files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.[jt]s*"))
-            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files[:9]) or 'none'}")
-    qrels = read_qrels(*judged) if judged else {}
-    exclusions = read_excluded(excluded) if excluded.exists() else {}
-    return Collection(_read_texts(corpus), _read_texts(texts), qrels, exclusions)
-
-
 def read_jsonl(path):
     """Yield the dicts of a file of JSON lines, plain or gzip; ValueError names the bad line."""
     with numbered_lines(path) as lines:
@@ -468,6 +449,37 @@ def read_excluded(path):
     return excluded
 
 
+def read_collection(folder, queries=None, split="test"):
+    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, excluded.tsv (if there).
+
+    `queries`: the NAME of rewritten ones in queries.NAME.jsonl. A folder without qrels has none.
+    ValueError, naming file, line or id, on missing files or keys, repeated ids and empty texts.
+    """
+    folder = Path(folder)
+    corpus, excluded = folder / "corpus.jsonl", folder / "excluded.tsv"
+    texts = folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")
+    judged = [folder / "qrels" / f"{split}.tsv"] if (folder / "qrels").is_dir() else []
+    for needed in (corpus, texts, *judged):
+        if not needed.is_file():
+            files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.[jt]s*"))
+            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files[:9]) or 'none'}")
+    qrels = read_qrels(*judged) if judged else {}
+    exclusions = read_excluded(excluded) if excluded.exists() else {}
+    return Collection(_read_texts(corpus), _read_texts(texts), qrels, exclusions)
+
+
+def write_lines(path, rows):
+    """Write rows atomically: a dict as a line of JSON, a tuple as tab-separated values."""
+    with open_atomic(path) as file:
+        for row in rows:
+            if isinstance(row, dict):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            elif re.search(r"[\t\r\n]", "".join(values := [str(value) for value in row])):
+                raise ValueError(f"{path}: a value holds a tab or newline: {values}")
+            else:
+                file.write("\t".join(values) + "\n")
+
+
 def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"):
     """Write a BEIR folder that `read_collection` reads back; files that are there are replaced.
 
@@ -484,18 +496,6 @@ def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"
     if excluded:
         pairs = ((qid, doc) for qid, docs in excluded.items() for doc in sorted(docs))
         write_lines(f"{folder}/excluded.tsv", [("query-id", "corpus-id"), *pairs])
-
-
-def write_lines(path, rows):
-    """Write rows atomically: a dict as a line of JSON, a tuple as tab-separated values."""
-    with open_atomic(path) as file:
-        for row in rows:
-            if isinstance(row, dict):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            elif re.search(r"[\t\r\n]", "".join(values := [str(value) for value in row])):
-                raise ValueError(f"{path}: a value holds a tab or newline: {values}")
-            else:
-                file.write("\t".join(values) + "\n")
 
 
 # --- BM25 -----------------------------------------------------------------------------------------
@@ -784,55 +784,6 @@ def benchmark_table(benchmark):
             for task, row in rows.items()}  # fmt: skip
 
 
-def prepare(name, out, *, source=None, long_documents=False, split="test", check=True):
-    """Make the BEIR folder `out` of a benchmark: bright/TASK, r2med/TASK or beir/NAME.
-
-    From the Hugging Face hub, or from `source`, a local clone of the data set. Empty and repeated
-    documents are left out and counted. ValueError if judged documents are missing or row counts
-    differ from BENCHMARKS (unless `check` is off). Returns a line that says what was written.
-    """
-    benchmark, _, task = name.partition("/")
-    known = benchmark_table(benchmark)
-    if not task or not known or (benchmark != "beir" and task not in known):
-        raise ValueError(f"unknown benchmark {name!r}: bright/TASK, r2med/TASK or beir/NAME; "
-                         f"{benchmark} has the tasks: {', '.join(known) or 'none'}")  # fmt: skip
-    load = {"bright": _load_bright, "r2med": _load_r2med, "beir": _load_beir}[benchmark]
-    with fields_named(name):
-        rows, queries, qrels, excluded, rewritten = load(task, source, long_documents, split)
-    expected = known.get(task, {}) if check and split == "test" else {}
-    n_documents = expected.get("long" if long_documents else "documents")
-    sizes = [("queries", len(queries), expected.get("queries"))]
-    seen, counts = set(), collections.Counter()
-
-    def documents():
-        for doc, title, text in tqdm(rows, desc=name, unit=" documents", disable=None):
-            kind = "repeated" if doc in seen else "kept" if f"{title}{text}".strip() else "empty"
-            counts[kind] += 1
-            seen.add(doc)
-            if kind == "kept":
-                yield doc, (title, text)
-        n_seen, judged = sum(counts.values()), {d for docs in qrels.values() for d in docs}
-        faults, missing = [], judged - seen
-        counts["missing"] = len(missing)
-        if len(missing) > 0.01 * len(judged):  # BEIR's arguana lacks 5 of its 1,406
-            faults = [f"{len(missing)} judged documents are missing: {min(missing)}"]
-        for what, n, known_n in (*sizes, ("documents", n_seen, n_documents)):
-            faults += [f"{n} {what}, not {known_n:.0f}"] if known_n not in (None, n) else []
-        if faults and check:
-            raise ValueError(f"{name}: {'; '.join(faults)} (another version? see --skip-checks)")
-
-    with fields_named(name):
-        write_collection(out, documents(), queries, qrels, excluded, split)
-    for kind, texts in rewritten.items():
-        lines = ({"_id": qid, "text": text} for qid, text in texts.items())
-        write_lines(f"{out}/queries.{kind}.jsonl", lines)
-    return (f"{out}: {counts['kept']} documents ({counts['empty']} empty and {counts['repeated']} "
-            f"repeated ones left out; {counts['missing']} judged ones absent), {len(queries)} "
-            f"queries, {sum(map(len, qrels.values()))} judgements, "
-            f"{sum(map(len, excluded.values()))} exclusions, rewritten queries: "
-            f"{', '.join(rewritten) or 'none'}")  # fmt: skip
-
-
 @contextlib.contextmanager
 def fields_named(name):
     """Turn the KeyError of a row without an expected field into a ValueError that says so."""
@@ -922,6 +873,55 @@ def _load_beir(task, source, long_documents, split):
     return ((r["_id"], r.get("title") or "", r["text"]) for r in rows), queries, qrels, {}, {}
 
 
+def prepare(name, out, *, source=None, long_documents=False, split="test", check=True):
+    """Make the BEIR folder `out` of a benchmark: bright/TASK, r2med/TASK or beir/NAME.
+
+    From the Hugging Face hub, or from `source`, a local clone of the data set. Empty and repeated
+    documents are left out and counted. ValueError if judged documents are missing or row counts
+    differ from BENCHMARKS (unless `check` is off). Returns a line that says what was written.
+    """
+    benchmark, _, task = name.partition("/")
+    known = benchmark_table(benchmark)
+    if not task or not known or (benchmark != "beir" and task not in known):
+        raise ValueError(f"unknown benchmark {name!r}: bright/TASK, r2med/TASK or beir/NAME; "
+                         f"{benchmark} has the tasks: {', '.join(known) or 'none'}")  # fmt: skip
+    load = {"bright": _load_bright, "r2med": _load_r2med, "beir": _load_beir}[benchmark]
+    with fields_named(name):
+        rows, queries, qrels, excluded, rewritten = load(task, source, long_documents, split)
+    expected = known.get(task, {}) if check and split == "test" else {}
+    n_documents = expected.get("long" if long_documents else "documents")
+    sizes = [("queries", len(queries), expected.get("queries"))]
+    seen, counts = set(), collections.Counter()
+
+    def documents():
+        for doc, title, text in tqdm(rows, desc=name, unit=" documents", disable=None):
+            kind = "repeated" if doc in seen else "kept" if f"{title}{text}".strip() else "empty"
+            counts[kind] += 1
+            seen.add(doc)
+            if kind == "kept":
+                yield doc, (title, text)
+        n_seen, judged = sum(counts.values()), {d for docs in qrels.values() for d in docs}
+        faults, missing = [], judged - seen
+        counts["missing"] = len(missing)
+        if len(missing) > 0.01 * len(judged):  # BEIR's arguana lacks 5 of its 1,406
+            faults = [f"{len(missing)} judged documents are missing: {min(missing)}"]
+        for what, n, known_n in (*sizes, ("documents", n_seen, n_documents)):
+            faults += [f"{n} {what}, not {known_n:.0f}"] if known_n not in (None, n) else []
+        if faults and check:
+            raise ValueError(f"{name}: {'; '.join(faults)} (another version? see --skip-checks)")
+
+    with fields_named(name):
+        write_collection(out, documents(), queries, qrels, excluded, split)
+    for kind, texts in rewritten.items():
+        lines = ({"_id": qid, "text": text} for qid, text in texts.items())
+        write_lines(f"{out}/queries.{kind}.jsonl", lines)
+    return (f"{out}: {counts['kept']} documents ({counts['empty']} empty and {counts['repeated']} "
+            f"repeated ones left out; {counts['missing']} judged ones absent), {len(queries)} "
+            f"queries, {sum(map(len, qrels.values()))} judgements, "
+            f"{sum(map(len, excluded.values()))} exclusions, rewritten queries: "
+            f"{', '.join(rewritten) or 'none'}")  # fmt: skip
+
+
 # --- Pictures -------------------------------------------------------------------------------------
 
 CURVES = {  # panel -> keys of metrics.jsonl; what is not there is not drawn
@@ -934,32 +934,6 @@ CURVES = {  # panel -> keys of metrics.jsonl; what is not there is not drawn
     "loss": ("loss",),
     "gradient norm": ("grad_norm",),
 }
-
-
-def plot(path, out):
-    """Draw metrics.jsonl (training), sweep.jsonl or a --per-query file (.tsv) into a picture file.
-
-    The suffix of `out` is its format. ValueError if there is nothing to draw.
-    """
-    optional("matplotlib")
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    if Path(path).suffix == ".tsv":
-        with numbered_lines(path) as lines:
-            draw, rows = _plot_pair, list(map(split_fields, lines))
-    else:
-        rows = list(read_jsonl(path))
-        draw = _plot_sweep if "docs_per_group" in (rows or [{}])[0] else _plot_training
-    style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
-    style |= {"legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False}
-    with rc_context(style), open_atomic(out, "wb") as file:
-        figure = Figure(layout="constrained")
-        try:
-            draw(figure, rows)
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"{path} has nothing to draw or lacks a field ({error})") from None
-        figure.savefig(file, format=Path(out).suffix[1:] or "png", dpi=150)
 
 
 def _plot_training(figure, rows):
@@ -1021,6 +995,32 @@ def _plot_pair(figure, rows):
     axis.set(xlabel="queries, sorted", ylabel=f"{metric}, difference in points")
     axis.set_title(f"{b} - {a}: {wins} better, {losses} worse, {len(differences)} queries")
     axis.legend()
+
+
+def plot(path, out):
+    """Draw metrics.jsonl (training), sweep.jsonl or a --per-query file (.tsv) into a picture file.
+
+    The suffix of `out` is its format. ValueError if there is nothing to draw.
+    """
+    optional("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if Path(path).suffix == ".tsv":
+        with numbered_lines(path) as lines:
+            draw, rows = _plot_pair, list(map(split_fields, lines))
+    else:
+        rows = list(read_jsonl(path))
+        draw = _plot_sweep if "docs_per_group" in (rows or [{}])[0] else _plot_training
+    style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
+    style |= {"legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(style), open_atomic(out, "wb") as file:
+        figure = Figure(layout="constrained")
+        try:
+            draw(figure, rows)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{path} has nothing to draw or lacks a field ({error})") from None
+        figure.savefig(file, format=Path(out).suffix[1:] or "png", dpi=150)
 
 
 # --- Tables ---------------------------------------------------------------------------------------

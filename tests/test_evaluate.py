@@ -6,6 +6,7 @@ Peers (pytrec_eval, bm25s) come with requirements-dev.txt. Real files are found 
 GROUPRANK_TEST_DATA; their tests skip where it is unset.
 """
 
+import ast
 import contextlib
 import gzip
 import importlib.util
@@ -182,6 +183,14 @@ def test_each_formula_runs_when_pasted_alone(name, call):
     alone = {"np": np, "math": math}
     exec(body, alone)
     assert eval(call, alone) == eval(call, vars(evaluate))
+
+
+def test_only_functions_above_are_called_so_that_one_can_stop_reading_anywhere():
+    tree = ast.parse(SCRIPT.read_text())
+    places = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}
+    for node in tree.body:
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} if hasattr(node, "name") else set()
+        assert all(places[name] <= node.lineno for name in names & places.keys()), node.name
 
 
 def test_formulas_do_not_modify_their_arguments():
