@@ -188,9 +188,12 @@ def test_each_formula_runs_when_pasted_alone(name, call):
 def test_only_functions_above_are_called_so_that_one_can_stop_reading_anywhere():
     tree = ast.parse(SCRIPT.read_text())
     places = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}
-    for node in tree.body:
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} if hasattr(node, "name") else set()
-        assert all(places[name] <= node.lineno for name in names & places.keys()), node.name
+    for node in (node for node in tree.body if hasattr(node, "name")):
+        names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+        own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        own |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+        for name in {n.id for n in names} & places.keys() - own:
+            assert places[name] <= node.lineno, f"{node.name} calls {name}, which stands below it"
 
 
 def test_formulas_do_not_modify_their_arguments():
