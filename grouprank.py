@@ -786,6 +786,8 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
             " give a folder that save_pretrained wrote, or a name on the hub"
         ) from None
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
+    if machine.device.type == "cpu" and model.num_parameters() < 5_000_000:
+        torch.set_num_threads(1)  # such matrices gain nothing from a second thread that they wait for
     return model.to(machine.device)
 
 
@@ -1872,8 +1874,13 @@ def set_up_training(model, cfg: Config, machine: Machine) -> None:
             module.attention_dropout = 0.0
     on = {"auto": machine.device.type == "cuda", "on": True, "off": False}
     if on[cfg.grad_checkpointing]:
-        # Re-entrant checkpointing would cut the gradient of LoRA in the first layer.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
+
+
+def recompute_activations(model) -> None:
+    """Gradient checkpointing, not re-entrant: that would cut LoRA's gradient in the first layer."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.2x
+    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def held_out_numbers(job: Job) -> dict:
