@@ -1922,7 +1922,7 @@ def train_loop(
     if state is not None:
         optimizer.load(state)
         first, job.best = state["step"], state["best"]
-        job.seconds[stage] = state["seconds"]
+        job.seconds |= state["seconds"]
         print(f"{stage}: goes on after step {first}")
     job.log.rewind(stage, first)
     spent = job.seconds.get(stage, 0.0)
@@ -1937,7 +1937,8 @@ def train_loop(
         if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             keep_best(job, stage, step + 1, n_steps)
         if cfg.save_every and (last or (step + 1) % cfg.save_every == 0):
-            state = {"step": step + 1, "best": job.best, "seconds": spent, **optimizer.state()}
+            seconds = job.seconds | {stage: spent}
+            state = {"step": step + 1, "best": job.best, "seconds": seconds, **optimizer.state()}
             save_state(states, f"{stage}-{step + 1:07d}", state, cfg.keep)
     job.seconds[stage] = spent
     job.model.eval()
@@ -2247,11 +2248,16 @@ def claim_output(cfg: Config, name: str) -> Path:
             )
         if not (out / "run.json").is_file():
             raise ValueError(f"{out} was not written by --train; delete it yourself if you mean to")
-        shutil.rmtree(out)
     if cfg.resume and not (out / "run.json").is_file():
         raise ValueError(f"{out} holds no training run to continue (no run.json)")
-    out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def clear_output(cfg: Config, out: Path) -> None:
+    """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
+    if cfg.overwrite and (out / "run.json").is_file():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def file_hash(path: str) -> str:
@@ -2287,6 +2293,7 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> None:
         if before["prompt_hash"] != prompt.hash:
             raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
         return
+    clear_output(cfg, out)
     record["command"], record["versions"] = sys.argv[1:], provenance()
     with evaluate.open_atomic(path) as file:
         json.dump(record, file, indent=2)
@@ -2317,18 +2324,18 @@ def load_start(cfg: Config, out: Path, machine: Machine):
 def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Job."""
     started = time.perf_counter()
+    rows = read_rows(cfg.data)
+    eval_rows = read_rows(cfg.eval_data) if cfg.eval_data else []
     machine = pick_machine(cfg.device, cfg.precision)
-    record_run(cfg, prompt, out)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     model, sft_done = load_start(cfg, out, machine)
     encoder = PromptEncoder(
         tokenizer, max_doc_tokens=cfg.max_doc_tokens, max_prompt_tokens=fit_context(model, cfg)
     )
-    items, counts = encode_rows(read_rows(cfg.data), encoder, prompt, cfg.max_new_tokens)
-    eval_items = []
-    if cfg.eval_data:
-        eval_rows = [row for row in read_rows(cfg.eval_data) if row.scores is not None]
-        eval_items, _ = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
+    items, counts = encode_rows(rows, encoder, prompt, cfg.max_new_tokens)
+    eval_rows = [row for row in eval_rows if row.scores is not None]
+    eval_items, _ = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
+    record_run(cfg, prompt, out)
     why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
     share_prompts(model, not why_not)
     if why_not:
@@ -2950,13 +2957,13 @@ DEMO_PROMPT = Prompt(system="", user="query: {query}\n{documents}")
 class DemoWorld:
     """Queries of three concepts, documents of five words; the score adds up the concepts' points.
 
-    The responses for SFT come from a *simulated* teacher that overlooks things: a third of the
+    The responses for SFT come from a *simulated* teacher that overlooks things: two in five
     concepts are blind spots, which it recognises only now and then. As in the paper, the cold start
     imitates one teacher's answers, while GRPO is rewarded by better labels (here, the truth).
     """
 
     seed: int = 0
-    blind_share: float = 0.35  # share of the concepts that are blind spots of the teacher
+    blind_share: float = 0.4  # share of the concepts that are blind spots of the teacher
     blind_recall: float = 0.35  # how often it recognises such a concept
     recall: float = 0.95  # how often it recognises any other
     match_share: float = 0.3  # how often a document holds a concept of its query
@@ -3078,14 +3085,14 @@ def demo_model(tokenizer, seed: int):
 
 # What the demo changes in Config: a short prompt and a small model, so all sizes are small.
 DEMO_SETTINGS = {
-    "docs_per_group": 8, "max_doc_tokens": 16, "max_prompt_tokens": 200, "max_new_tokens": 120,
+    "docs_per_group": 6, "max_doc_tokens": 16, "max_prompt_tokens": 200, "max_new_tokens": 100,
     "lora_rank": 0, "sft_epochs": 1.0, "sft_lr": 3e-3, "sft_batch": 16,
     "sft_warmup": 0.07, "grpo_epochs": 1.0, "grpo_lr": 2e-4, "grpo_warmup": 0.03,
     "grpo_schedule": "linear", "prompts_per_step": 8, "relevance_level": 3, "eval_every": 50,
     "save_every": 50,
 }  # fmt: skip
-DEMO_ROWS = {"sft": 11_200, "grpo": 1_200, "dev": 32}
-DEMO_QUERIES, DEMO_CANDIDATES = 60, 24
+DEMO_ROWS = {"sft": 16_000, "grpo": 2_000, "dev": 64}
+DEMO_QUERIES, DEMO_CANDIDATES = 100, 24
 
 
 def write_demo(folder: Path, world: DemoWorld, seed: int) -> None:
@@ -3102,10 +3109,15 @@ def write_demo(folder: Path, world: DemoWorld, seed: int) -> None:
     evaluate.write_run(folder / "first.run", run, tag="bm25")
     for kind, n_rows in DEMO_ROWS.items():
         rng = random.Random(f"{kind} {seed}")
-        rows = (world.row(rng, f"{kind}-{i}", 8, kind=kind) for i in range(n_rows))
+        n_docs = DEMO_SETTINGS["docs_per_group"]
+        rows = (world.row(rng, f"{kind}-{i}", n_docs, kind=kind) for i in range(n_rows))
         name = "dev.jsonl" if kind == "dev" else "train.jsonl"
         with open(folder / name, "a" if kind == "grpo" else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+    example = folder / "example"  # the first held-out query's first documents, as text files
+    example.mkdir(exist_ok=True)
+    for number, doc in enumerate(list(qrels["q0"])[: DEMO_SETTINGS["docs_per_group"]], 1):
+        (example / f"{number}.txt").write_text(corpus[doc] + "\n", encoding="utf-8")
     tokenizer = demo_tokenizer(world)
     demo_model(tokenizer, seed).save_pretrained(folder / "untrained")
     tokenizer.save_pretrained(folder / "untrained")
@@ -3140,6 +3152,7 @@ def train_demo(given: dict) -> None:
     out = claim_output(cfg, "demo")
     folder, world = out / "demo", DemoWorld(cfg.seed)
     if not (cfg.resume and (folder / "train.jsonl").exists()):
+        clear_output(cfg, out)
         write_demo(folder, world, cfg.seed)
     cfg = dataclasses.replace(
         cfg, model=str(folder / "untrained"), data=str(folder / "train.jsonl"),
@@ -3179,7 +3192,7 @@ def run_ablations(cfg: Config, prompt: Prompt, out: Path, seconds: dict, table: 
     factor = (seconds["sft"] + seconds["grpo"]) / seconds["sft"]
     longer = folder / "train-longer.jsonl"
     rng = random.Random(f"sft {cfg.seed}")
-    rows = (DemoWorld(cfg.seed).row(rng, f"sft-{i}", 8, kind="sft")
+    rows = (DemoWorld(cfg.seed).row(rng, f"sft-{i}", cfg.docs_per_group, kind="sft")
             for i in range(round(DEMO_ROWS["sft"] * factor)))  # fmt: skip
     longer.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sft = str(out / "sft")
@@ -3220,6 +3233,11 @@ def print_demo_table(results: dict, out: Path) -> None:
     for name, x in results.get("spread", {}).items():
         print(f"spread of a document's scores over four groupings, {name}: {x:.4f}")
     print(f"{clock(results['seconds']['total'])} in all; numbers in {out / 'results.json'}")
+    query = next(iter(evaluate.read_collection(out / "demo").queries.values()))
+    print(
+        f"try: python grouprank.py --rerank --model {out} --query '{query}'"
+        f" --docs {out}/demo/example/*.txt"
+    )
 
 
 # -----------------------------------------------------------------------------------------------
