@@ -79,9 +79,8 @@ import evaluate
 
 VERSION = "1.0"
 
-# -----------------------------------------------------------------------------------------------
-# Config
-# -----------------------------------------------------------------------------------------------
+
+# --- Config ---------------------------------------------------------------------------------------
 
 
 def setting(default, help: str, source: str, group: str, choices: tuple | None = None):
@@ -94,7 +93,7 @@ def setting(default, help: str, source: str, group: str, choices: tuple | None =
 class Config:
     """Every option of both commands. `source` says where a default comes from."""
 
-    # fmt: off
+
     model: str = setting("", "model folder or hub name; empty trains the embedded demo; with --endpoint the server's name for it", "ours: a first run needs no download", "input")
     data: str = setting("", "training rows (JSONL), or for --rerank a BEIR folder", "ours", "input")
     eval_data: str = setting("", "held-out rows (JSONL) to evaluate on while training", "ours", "input")
@@ -163,33 +162,29 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", "machine")
     precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16", "machine", ("auto", "fp32", "bf16", "fp16"))
     cache_gib: float = setting(0.0, "memory for keys and values while decoding; 0: 40 % of the free CUDA memory, 1 GiB on CPU", "ours", "machine")
-    # fmt: on
+
 
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
         positive = ("docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens",
                     "max_tokens_per_pass", "sft_batch", "prompts_per_step", "updates_per_batch",
-                    "top_k", "rounds", "concurrency", "sft_epochs", "grpo_epochs", "keep")  # fmt: skip
+                    "top_k", "rounds", "concurrency", "sft_epochs", "grpo_epochs", "keep")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
         if self.rollouts_per_prompt < 2:
             raise ValueError(
                 f"{flag('rollouts_per_prompt')} must be at least 2, got {self.rollouts_per_prompt}:"
-                " an advantage compares the rollouts of one prompt"
-            )
+                " an advantage compares the rollouts of one prompt")
         if not 0 <= self.fusion_weight <= 1:
             raise ValueError(f"--fusion-weight must be from 0 to 1, got {self.fusion_weight}")
         if not 0 < self.top_p <= 1 or self.temperature < 0:
-            raise ValueError(
-                f"--top-p must be in (0, 1] and --temperature at least 0,"
-                f" got {self.top_p} and {self.temperature}"
-            )
+            raise ValueError(f"--top-p must be in (0, 1] and --temperature at least 0,"
+                             f" got {self.top_p} and {self.temperature}")
         if self.docs_stride < 0 or self.docs_stride > self.docs_per_group:
             raise ValueError(
                 f"--docs-stride must be from 0 to --docs-per-group ({self.docs_per_group}),"
-                f" got {self.docs_stride}: a larger one would skip documents"
-            )
+                f" got {self.docs_stride}: a larger one would skip documents")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues an output and --overwrite deletes it: give one")
 
@@ -199,9 +194,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# -----------------------------------------------------------------------------------------------
-# Prompt (Sec. 3.1)
-# -----------------------------------------------------------------------------------------------
+# --- Prompt (Sec. 3.1) ----------------------------------------------------------------------------
 
 SYSTEM_TEXT = """\
 You rank search results. You get a query and a numbered group of documents. Compare the documents \
@@ -289,8 +282,7 @@ def defuse(text: str) -> str:
 # Strings that end or open a turn for the Qwen, Llama and Mistral families.
 CHAT_TOKENS = re.compile(
     r"<\|[a-zA-Z0-9_]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>"
-    r"|\[/?(?:AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|SYSTEM_PROMPT|TOOL_CONTENT|IMG)\]"
-)
+    r"|\[/?(?:AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|SYSTEM_PROMPT|TOOL_CONTENT|IMG)\]")
 
 
 def break_chat_tokens(text: str, added: Sequence[str] = ()) -> str:
@@ -305,25 +297,20 @@ def break_chat_tokens(text: str, added: Sequence[str] = ()) -> str:
     return text
 
 
-def number_documents(texts: Sequence[str]) -> str:
-    """The documents block of a prompt as text: [i] followed directly by the document."""
-    return "\n\n".join(f"[{i}]{text}" for i, text in enumerate(texts, 1))
-
-
 def chat_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[dict]:
     """The prompt as chat messages, with queries and documents defused as text."""
-    clean = [break_chat_tokens(defuse(text)) for text in (query, *texts)]
-    user = prompt.user.replace("{n}", str(len(texts)))
-    before, _, rest = user.partition("{query}")
-    # Slot by slot, so that a query which contains "{documents}" stays a query.
-    if "{documents}" in rest:
-        middle, _, after = rest.partition("{documents}")
-        user = before + clean[0] + middle + number_documents(clean[1:]) + after
-    else:
-        first, _, middle = before.partition("{documents}")
-        user = first + number_documents(clean[1:]) + middle + clean[0] + rest
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": user}]
+    query, *texts = (break_chat_tokens(defuse(text)) for text in (query, *texts))
+    documents = "\n\n".join(f"[{i}]{text}" for i, text in enumerate(texts, 1))
+    slots = {"{n}": str(len(texts)), "{query}": query, "{documents}": documents}
+    # All slots in one pass, so that a query which contains "{documents}" stays a query.
+    user = re.sub(r"\{(?:n|query|documents)\}", lambda slot: slots[slot[0]], prompt.user)
+    return as_chat(prompt.system, user)
+
+
+def as_chat(system: str, user: str) -> list[dict]:
+    """Chat messages; no system message when there is no system text."""
+    turns = (("system", system), ("user", user))
+    return [{"role": role, "content": text} for role, text in turns if text]
 
 
 def even_limit(lengths: Sequence[int], budget: int) -> int:
@@ -354,16 +341,14 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.max_doc_tokens = max_doc_tokens
         self.max_prompt_tokens = max_prompt_tokens
-        self._plain_added = [
-            token.content
-            for token in tokenizer.added_tokens_decoder.values()
-            if not token.special and not token.content.isspace()
-        ]
+        self._plain_added = [token.content
+                             for token in tokenizer.added_tokens_decoder.values()
+                             if not token.special and not token.content.isspace()]
         self._known: dict[str, list[int]] = {}
         self._frames = functools.lru_cache(maxsize=256)(self._encode_frame)
-        self._numbers = functools.lru_cache(maxsize=1024)(lambda i: self._fixed(f"[{i}]"))
+        self._fixed = functools.lru_cache(maxsize=1024)(self._encode_fixed)
 
-    def _fixed(self, text: str) -> list[int]:
+    def _encode_fixed(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -396,14 +381,12 @@ class PromptEncoder:
         """
         frame = self._frames(prompt, len(texts))
         query_ids, *documents = self.text_ids([query, *texts])
-        numbers = [self._numbers(i) for i in range(1, len(texts) + 1)]
+        numbers = [self._fixed(f"[{i}]") for i in range(1, len(texts) + 1)]
         gap = self._fixed("\n\n") if len(texts) > 1 else []
         fixed = sum(len(p) for p in frame if not isinstance(p, str)) + len(query_ids)
         fixed += sum(map(len, numbers)) + len(gap) * (len(texts) - 1)
-        limit = min(
-            self.max_doc_tokens,
-            even_limit([len(d) for d in documents], self.max_prompt_tokens - fixed),
-        )
+        limit = min(self.max_doc_tokens,
+                    even_limit([len(d) for d in documents], self.max_prompt_tokens - fixed))
         if limit < 1:
             raise ValueError(
                 f"a prompt of {self.max_prompt_tokens} tokens has no room for {len(texts)} documents:"
@@ -422,23 +405,17 @@ def render_chat(tokenizer, system: str, user: str) -> str:
     if not tokenizer.chat_template:
         start = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
         return f"{start or ''}{system}\n\n{user}\n\n"
-    chat = [{"role": "user", "content": user}]
-    if system:
-        chat.insert(0, {"role": "system", "content": system})
-    # Thinking is off where a template offers the switch: the reasoning goes into <reason>.
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     from jinja2 import TemplateError  # comes with torch and transformers, which renders with it
 
+    # Thinking is off where a template offers the switch: the reasoning goes into <reason>.
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     try:
-        return tokenizer.apply_chat_template(chat, **options)
+        return tokenizer.apply_chat_template(as_chat(system, user), **options)
     except TemplateError:  # some templates refuse a system message
-        merged = [{"role": "user", "content": f"{system}\n\n{user}"}]
-        return tokenizer.apply_chat_template(merged, **options)
+        return tokenizer.apply_chat_template(as_chat("", f"{system}\n\n{user}"), **options)
 
 
-# -----------------------------------------------------------------------------------------------
-# Parser (Sec. 3.1): <reason> free text </reason> <answer> {"[1]": 7, ...} </answer>
-# -----------------------------------------------------------------------------------------------
+# --- Parser (Sec. 3.1): <reason> free text </reason> <answer> {"[1]": 7, ...} </answer> -----------
 
 SCORE_MAX = 10
 TAG_FAULT, JSON_FAULT = "bad_tags", "bad_json"
@@ -473,12 +450,9 @@ def parse_answer(text: str, n_docs: int) -> Answer:
     body = text[text.rfind("</think>") + 8 :] if "</think>" in text else text
     tags = ("<reason>", "</reason>", "<answer>", "</answer>")
     at = [body.find(tag) for tag in tags]
-    tags_ok = (
-        all(body.count(tag) == 1 for tag in tags)
-        and at == sorted(at)
-        and not body[at[1] + len(tags[1]) : at[2]].strip()
-        and not body[at[3] + len(tags[3]) :].strip()
-    )
+    tags_ok = (all(body.count(tag) == 1 for tag in tags) and at == sorted(at)
+               and not body[at[1] + len(tags[1]) : at[2]].strip()
+               and not body[at[3] + len(tags[3]) :].strip())
     reason_end = at[1] if at[1] > at[0] else len(body)
     reason = body[at[0] + len(tags[0]) : reason_end].strip() if at[0] >= 0 else ""
     opened = body.rfind("<answer>")
@@ -504,11 +478,8 @@ def load_json_pairs(text: str) -> tuple[_Pairs | None, bool]:
         return None, False
     around = (text[:start] + " " + text[end + 1 :]).split()
     try:
-        value = json.loads(
-            text[start : end + 1],
-            object_pairs_hook=_Pairs,
-            parse_int=lambda digits: int(digits) if len(digits) < 9 else math.inf,
-        )
+        value = json.loads(text[start : end + 1], object_pairs_hook=_Pairs,
+                           parse_int=lambda digits: int(digits) if len(digits) < 9 else math.inf)
     except (ValueError, RecursionError):  # RecursionError: brackets nested 100,000 deep
         return None, False
     clean = around in ([], ["```json", "```"], ["```", "```"])
@@ -548,9 +519,7 @@ def whole_score(value) -> int | None:
     return int(value) if 0 <= value <= SCORE_MAX and value == int(value) else None
 
 
-# -----------------------------------------------------------------------------------------------
-# Reward (Sec. 3.3, Eq. 4-6)
-# -----------------------------------------------------------------------------------------------
+# --- Reward (Sec. 3.3, Eq. 4-6) -------------------------------------------------------------------
 
 
 def score_distribution(scores: Sequence[float]) -> list[float]:
@@ -576,25 +545,16 @@ def js_divergence(p: Sequence[float], q: Sequence[float]) -> float:
     return min(max(js, 0.0), 1.0)  # rounding can leave -1e-17
 
 
-def group_reward(
-    ndcg: float,
-    recall: float,
-    js: float,
-    rbo: float = 0.0,
-    *,
-    ndcg_weight: float = 1.0,
-    recall_weight: float = 0.2,
-    align_weight: float = 0.1,
-    rbo_weight: float = 0.0,
-) -> float:
+def group_reward(ndcg: float, recall: float, js: float, rbo: float = 0.0, *,
+                 ndcg_weight: float = 1.0, recall_weight: float = 0.2, align_weight: float = 0.1,
+                 rbo_weight: float = 0.0) -> float:
     """Eq. 5: R_G = NDCG@10 + gamma Recall@10 + epsilon (1 - JS), gamma 0.2, epsilon 0.1.
 
     All four inputs are in [0, 1], so that R_G is in [0, 1.3] with the paper's weights. Version 1 of
     the paper also rewards rank-biased overlap: `rbo_weight`.
     """
-    return (
-        ndcg_weight * ndcg + recall_weight * recall + align_weight * (1 - js) + rbo_weight * rbo
-    )
+    return (ndcg_weight * ndcg + recall_weight * recall + align_weight * (1 - js)
+            + rbo_weight * rbo)
 
 
 def format_reward(tags_ok: bool, json_ok: bool, ranking_reward: float) -> float:
@@ -616,34 +576,23 @@ class Reward:
     rbo: float = 0.0
 
 
-def score_completion(
-    text: str,
-    gold: Sequence[float],
-    *,
-    k: int = 10,
-    relevance_level: float = 5,
-    ndcg_weight: float = 1.0,
-    recall_weight: float = 0.2,
-    align_weight: float = 0.1,
-    rbo_weight: float = 0.0,
-) -> Reward:
-    """Parse a completion and reward it against the gold scores of its documents (Eq. 4-6)."""
+def score_completion(text: str, gold: Sequence[float], *, k: int = 10, relevance_level: float = 5,
+                     **weights: float) -> Reward:
+    """Parse a completion and reward it against the gold scores of its documents (Eq. 4-6).
+
+    weights: those of group_reward.
+    """
     answer = parse_answer(text, len(gold))
     if answer.status != "ok":
-        total = format_reward(answer.status != TAG_FAULT, False, 0.0)
-        return Reward(total, answer.status)
+        return Reward(format_reward(answer.status != TAG_FAULT, False, 0.0), answer.status)
     ranked = evaluate.tie_averaged(answer.scores, gold)  # expected gold score at each rank
     relevant = [float(g >= relevance_level) for g in gold]
     ndcg = evaluate.ndcg(ranked, gold, k)
     hits = sum(evaluate.tie_averaged(answer.scores, relevant)[:k])
     recall = hits / sum(relevant) if any(relevant) else 0.0
     js = js_divergence(score_distribution(answer.scores), score_distribution(gold))
-    rbo = score_rbo(answer.scores, gold) if rbo_weight else 0.0
-    total = group_reward(
-        ndcg, recall, js, rbo,
-        ndcg_weight=ndcg_weight, recall_weight=recall_weight,
-        align_weight=align_weight, rbo_weight=rbo_weight,
-    )  # fmt: skip
+    rbo = score_rbo(answer.scores, gold) if weights.get("rbo_weight") else 0.0
+    total = group_reward(ndcg, recall, js, rbo, **weights)
     assert math.isfinite(total), f"reward {total} for {answer.scores} against {gold}"
     return Reward(total, "ok", ndcg, recall, 1 - js, rbo)
 
@@ -660,9 +609,7 @@ def score_rbo(scores: Sequence[float], gold: Sequence[float], p: float = 0.9) ->
     return evaluate.rank_biased_overlap(predicted, ideal, p)
 
 
-# -----------------------------------------------------------------------------------------------
-# GRPO math (Sec. 3.3, Eq. 7)
-# -----------------------------------------------------------------------------------------------
+# --- GRPO math (Sec. 3.3, Eq. 7) ------------------------------------------------------------------
 
 
 def relative_advantages(rewards, eps: float = 1e-4) -> np.ndarray:
@@ -721,9 +668,7 @@ def grpo_loss(
     return -(weights * objective).sum()
 
 
-# -----------------------------------------------------------------------------------------------
-# Model: device, precision, LoRA
-# -----------------------------------------------------------------------------------------------
+# --- Model: device, precision, LoRA ---------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -778,13 +723,11 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         stored_dtype = getattr(config, "dtype", None) or torch.float32
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-        )
+            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"--model {path}: no model could be loaded ({first_line(error)});"
-            " give a folder that save_pretrained wrote, or a name on the hub"
-        ) from None
+            " give a folder that save_pretrained wrote, or a name on the hub") from None
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
     if machine.device.type == "cpu" and model.num_parameters() < 5_000_000:
         torch.set_num_threads(1)  # such matrices gain nothing from a second thread that they wait for
@@ -831,15 +774,10 @@ def add_lora(model, rank: int, alpha: float, seed: int = 0) -> int:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
-    linear = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not head
-    ]
+    linear = [(name, layer) for name, layer in model.named_modules()
+              if isinstance(layer, nn.Linear) and layer is not head]
     for name, layer in linear:
-        parent, _, child = name.rpartition(".")
-        adapted = LoraLinear(layer, rank, alpha, generator)
-        setattr(model.get_submodule(parent), child, adapted)
+        model.set_submodule(name, LoraLinear(layer, rank, alpha, generator))
     return len(linear)
 
 
@@ -867,8 +805,7 @@ def merge_lora(model) -> None:
     """Fold every adapter into its layer, in place; the model is then an ordinary one again."""
     for name, layer in lora_layers(model).items():
         layer.base.weight.data = merged_weight(layer)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base)
+        model.set_submodule(name, layer.base)
 
 
 def plain_state_dict(model) -> dict[str, Tensor]:
@@ -893,22 +830,17 @@ def save_adapter(model, folder: Path, base_name: str) -> None:
     from safetensors.torch import save_file  # comes with transformers
 
     layers = lora_layers(model)
-    tensors = {}
-    for name, layer in layers.items():
-        for part in ("lora_A", "lora_B"):
-            tensors[f"base_model.model.{name}.{part}.weight"] = getattr(layer, part).data.cpu()
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).data.cpu()
+               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     first = next(iter(layers.values()))
     rank = first.lora_A.shape[0]
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
-        "r": rank, "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True,
-    }  # fmt: skip
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
+                "r": rank, "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none",
+                "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+                "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True}
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(settings, indent=2)
-        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
+        (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
 
 
 def load_adapter(model, folder: str | Path) -> None:
@@ -931,13 +863,10 @@ def load_adapter(model, folder: str | Path) -> None:
         adapted = LoraLinear(layer, len(down), settings["lora_alpha"] * scale, generator)
         adapted.lora_A.data = down.float().to(layer.weight.device)
         adapted.lora_B.data = up.float().to(layer.weight.device)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapted)
+        model.set_submodule(name, adapted)
 
 
-# -----------------------------------------------------------------------------------------------
-# Token log-probabilities, with a prompt run once for all its completions
-# -----------------------------------------------------------------------------------------------
+# --- Token log-probabilities, with a prompt run once for all its completions ----------------------
 
 SHARED = "shared_prompt"  # the name of our attention among transformers' implementations
 
@@ -951,13 +880,17 @@ def attend_shared_prompt(module, query, key, value, attention_mask=None, *, scal
     """
     # Autocast leaves rotated queries and keys in float32; attention would cast them anyway.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if shared is not None:
-        output = shared.attend(module.layer_idx, query, key, value, scaling)
+    if shared is None:
+        output = causal_attention(query, key, value, scaling)
     else:
-        output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
+        output = shared.attend(module.layer_idx, query, key, value, scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+def causal_attention(query, key, value, scaling) -> Tensor:
+    """Plain attention of T tokens to themselves and those before them."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
 AttentionInterface.register(SHARED, attend_shared_prompt)
@@ -983,11 +916,7 @@ class PackedRow:
         for n_prompt, lengths in self.blocks:
             prompt = slice(start, start + n_prompt)
             k, v = key[:, :, prompt], value[:, :, prompt]
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, prompt], k, v, is_causal=True, scale=scaling, enable_gqa=True
-                )
-            )
+            outputs.append(causal_attention(query[:, :, prompt], k, v, scaling))
             if self.kept is not None:
                 self.kept[-1].append((k, v))
             start += n_prompt
@@ -1019,9 +948,8 @@ def attend_completions(query, key, value, prompt_key, prompt_value, lengths, sca
     keys = torch.cat([prompt_key.expand(n_rows, -1, -1, -1), rows(key)], dim=2)
     values = torch.cat([prompt_value.expand(n_rows, -1, -1, -1), rows(value)], dim=2)
     mask = causal_lower_right(longest, keys.shape[2])
-    output = F.scaled_dot_product_attention(
-        rows(query), keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
-    )
+    output = F.scaled_dot_product_attention(rows(query), keys, values, attn_mask=mask,
+                                            scale=scaling, enable_gqa=True)
     return output.transpose(1, 2)[real].transpose(0, 1)[None]  # (1, H, sum C, D)
 
 
@@ -1064,17 +992,12 @@ class Policy(nn.Module):
         is targets (N,). Returns log-probabilities (N,) and entropies (N,) in nats, float32.
         """
         options = {} if shared is None else {"shared": shared}
-        hidden = self.model.get_decoder()(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **options
-        ).last_hidden_state
+        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids,
+                                          use_cache=False, **options).last_hidden_state
         hidden = hidden.flatten(0, 1)[predictors]  # (N, width)
         head = self.model.get_output_embeddings()
-        parts = [
-            checkpoint(token_logprobs, head, h, t, use_reentrant=False)
-            for h, t in zip(
-                hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True
-            )
-        ]
+        chunks = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
+        parts = [checkpoint(token_logprobs, head, h, t, use_reentrant=False) for h, t in chunks]
         logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         return logp, entropy
 
@@ -1142,12 +1065,8 @@ def packed_inputs(blocks: Sequence[Block], device) -> tuple:
     return ids[None], positions[None], predictors, targets, layout
 
 
-def plan_passes(
-    prompt_tokens: Sequence[int],
-    completion_tokens: Sequence[Sequence[int]],
-    max_tokens: int,
-    shared: bool,
-) -> list[list[tuple[int, list[int]]]]:
+def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequence[int]],
+                max_tokens: int, shared: bool) -> list[list[tuple[int, list[int]]]]:
     """Split a step into passes of at most max_tokens: lists of (prompt, its completions).
 
     Shared: a prompt's completions stay together while they fit, else they are split over several
@@ -1179,9 +1098,7 @@ def plan_passes(
     return passes
 
 
-# -----------------------------------------------------------------------------------------------
-# Rollouts: decode many answers to many prompts at once
-# -----------------------------------------------------------------------------------------------
+# --- Rollouts: decode many answers to many prompts at once ----------------------------------------
 
 
 class DecodingCache:
@@ -1202,10 +1119,8 @@ class DecodingCache:
         self.prompts = []  # per layer: keys and values (B, H_kv, P, D)
         for layer in kept:
             pads = [longest - k.shape[2] for k, _ in layer]
-            pairs = [
-                (F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad)))
-                for (k, v), pad in zip(layer, pads, strict=True)
-            ]
+            pairs = [(F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad)))
+                     for (k, v), pad in zip(layer, pads, strict=True)]
             self.prompts.append(tuple(torch.cat(side) for side in zip(*pairs, strict=True)))
             layer.clear()  # free the unpadded copy before the next layer is padded
         self.answers: list[tuple[Tensor, Tensor] | None] = [None] * len(kept)
@@ -1298,9 +1213,8 @@ def cache_bytes_per_token(model) -> int:
     return 2 * config.num_hidden_layers * heads * width * size
 
 
-def plan_waves(
-    prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int, budget_tokens: int
-) -> list[list[int]]:
+def plan_waves(prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int,
+               budget_tokens: int) -> list[list[int]]:
     """Group prompts, longest first, so that the padded cache of a wave fits the budget."""
     waves: list[list[int]] = []
     for b in sorted(range(len(prompt_tokens)), key=lambda b: -prompt_tokens[b]):
@@ -1314,19 +1228,10 @@ def plan_waves(
 
 
 @torch.no_grad()
-def generate(
-    model,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[Sequence[tuple]],
-    *,
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    cache_gib: float = 1.0,
-    shared: bool = True,
-    progress: tqdm | None = None,
-) -> list[list[list[int]]]:
+def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
+             max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
+             top_p: float = 1.0, cache_gib: float = 1.0, shared: bool = True,
+             progress: tqdm | None = None) -> list[list[list[int]]]:
     """Decode len(seeds[b]) answers to each prompt (as many for every prompt); returns their ids.
 
     Each answer draws from its own random stream. An answer that ended holds its end token; one
@@ -1368,9 +1273,8 @@ def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
         row = PackedRow([(len(prompts[b]), []) for b in chunk], keep=True)
         ids = torch.tensor([i for b in chunk for i in prompts[b]], device=model.device)
         positions = [torch.arange(len(prompts[b]), device=model.device) for b in chunk]
-        states = decoder(
-            input_ids=ids[None], position_ids=torch.cat(positions)[None], use_cache=False, shared=row
-        ).last_hidden_state[0]
+        states = decoder(input_ids=ids[None], position_ids=torch.cat(positions)[None],
+                         use_cache=False, shared=row).last_hidden_state[0]
         ends = np.cumsum([len(prompts[b]) for b in chunk]) - 1
         hidden += zip(chunk, states[torch.from_numpy(ends).to(states.device)], strict=True)
         kept = kept or [[None] * len(prompts) for _ in row.kept]
@@ -1406,9 +1310,8 @@ def decode_shared(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> l
             slots = slots.flatten()
             rows, live, new = rows[slots], live[slots], new[slots]
         positions = cache.prompt_tokens.repeat_interleave(cache.n_answers) + step
-        states = decoder(
-            input_ids=new[:, None], position_ids=positions[:, None], use_cache=False, shared=cache
-        ).last_hidden_state
+        states = decoder(input_ids=new[:, None], position_ids=positions[:, None], use_cache=False,
+                         shared=cache).last_hidden_state
         cache.length += 1
         logits = head(states[:, 0])
     return cut_answers(tokens, end_ids)
@@ -1442,10 +1345,8 @@ def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> lis
     ends = torch.tensor(list(end_ids), device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         new = draw(output.logits[:, -1], rows, step)
         tokens[rows[live], step] = new[live]
@@ -1455,9 +1356,9 @@ def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> lis
         ids, positions = new[:, None], positions[:, -1:] + 1
         mask = F.pad(mask, (0, 1), value=1)
     return cut_answers(tokens, end_ids)
-# -----------------------------------------------------------------------------------------------
-# Data: training rows
-# -----------------------------------------------------------------------------------------------
+
+
+# --- Data: training rows --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1542,9 +1443,8 @@ class Item:
     response: list[int] | None  # with the end token, which is trained like any other
 
 
-def encode_rows(
-    rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt, max_new_tokens: int
-) -> tuple[list[Item], Counter]:
+def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
+                max_new_tokens: int) -> tuple[list[Item], Counter]:
     """Tokenise rows. Counts shortened prompts; drops and counts responses that are too long."""
     items, counts = [], Counter()
     tokenizer = encoder.tokenizer
@@ -1583,9 +1483,7 @@ def epoch_order(n_rows: int, seed: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence(seed)).permutation(n_rows)
 
 
-# -----------------------------------------------------------------------------------------------
-# Checkpoints and logs
-# -----------------------------------------------------------------------------------------------
+# --- Checkpoints and logs -------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1597,16 +1495,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        folder.rename(old)
+        if folder.exists():
+            folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
@@ -1639,9 +1534,8 @@ def git_commit() -> str | None:
     """The commit of this code, with '+' when files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
-        ask = functools.partial(
-            subprocess.run, cwd=here, capture_output=True, text=True, timeout=5, check=True
-        )
+        ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=5,
+                                check=True)
         commit = ask(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
         return commit + ("+" if ask(["git", "status", "--porcelain"]).stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
@@ -1650,14 +1544,9 @@ def git_commit() -> str | None:
 
 def provenance() -> dict:
     """What every meta.json and sidecar says about the code that wrote it."""
-    return {
-        "grouprank": VERSION,
-        "git_commit": git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
+    return {"grouprank": VERSION, "git_commit": git_commit(), "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "numpy": np.__version__}
 
 
 def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
@@ -1688,22 +1577,13 @@ class Log:
     """One line a step on the screen, the same numbers in metrics.jsonl, samples in samples.jsonl."""
 
     SHOWN = (  # key, label, format: the fixed order of the line
-        ("loss", "loss", "{:.4f}"),
-        ("reward", "reward", "{:.3f}"),
-        ("reward/ndcg", "ndcg", "{:.3f}"),
-        ("reward/recall", "recall", "{:.3f}"),
-        ("reward/alignment", "align", "{:.3f}"),
-        ("reward/rbo", "rbo", "{:.3f}"),
-        ("format_ok", "ok", "{:.0%}"),
-        ("kl", "kl", "{:.4f}"),
-        ("entropy", "entropy", "{:.3f}"),
-        ("completion_tokens", "len", "{:.0f}"),
-        ("truncated", "cut", "{:.0%}"),
-        ("zero_spread", "flat", "{:.0%}"),
-        ("clip_share", "clip", "{:.1%}"),
-        ("grad_norm", "|g|", "{:.2f}"),
-        ("lr", "lr", "{:.1e}"),
-        ("tokens_per_s", "tok/s", "{:.0f}"),
+        ("loss", "loss", "{:.4f}"), ("reward", "reward", "{:.3f}"),
+        ("reward/ndcg", "ndcg", "{:.3f}"), ("reward/recall", "recall", "{:.3f}"),
+        ("reward/alignment", "align", "{:.3f}"), ("reward/rbo", "rbo", "{:.3f}"),
+        ("format_ok", "ok", "{:.0%}"), ("kl", "kl", "{:.4f}"), ("entropy", "entropy", "{:.3f}"),
+        ("completion_tokens", "len", "{:.0f}"), ("truncated", "cut", "{:.0%}"),
+        ("zero_spread", "flat", "{:.0%}"), ("clip_share", "clip", "{:.1%}"),
+        ("grad_norm", "|g|", "{:.2f}"), ("lr", "lr", "{:.1e}"), ("tokens_per_s", "tok/s", "{:.0f}"),
     )
 
     def __init__(self, out: Path):
@@ -1720,9 +1600,8 @@ class Log:
                     row = json.loads(line)
                 except ValueError:
                     continue  # the half-written line of a killed run
-                if (row["stage"], stage) == ("sft", "grpo") or (
-                    row["stage"] == stage and row["step"] <= step
-                ):
+                earlier_stage = (row["stage"], stage) == ("sft", "grpo")
+                if earlier_stage or (row["stage"] == stage and row["step"] <= step):
                     kept.append(line + "\n")
             with evaluate.open_atomic(path) as file:
                 file.writelines(kept)
@@ -1732,11 +1611,9 @@ class Log:
         row = {"stage": stage, "step": step, **numbers}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        shown = [
-            f"{label} {form.format(numbers[key])}"
-            for key, label, form in self.SHOWN
-            if key in numbers and not (key == "reward/rbo" and numbers[key] == 0)
-        ]
+        shown = [f"{label} {form.format(numbers[key])}"
+                 for key, label, form in self.SHOWN
+                 if key in numbers and not (key == "reward/rbo" and numbers[key] == 0)]
         shown += [f"{k} {v:.4f}" for k, v in numbers.items() if k.startswith("eval/")]
         left = f" | left {clock(eta_s)}" if eta_s else ""
         tqdm.write(f"{stage} {step}/{n_steps} | {' '.join(shown)}{left}")
@@ -1756,9 +1633,7 @@ def clock(seconds: float) -> str:
     return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"
 
 
-# -----------------------------------------------------------------------------------------------
-# Optimizer steps, shared by both stages
-# -----------------------------------------------------------------------------------------------
+# --- Optimizer steps, shared by both stages -------------------------------------------------------
 
 
 @dataclass
@@ -1783,9 +1658,17 @@ class Job:
         """Tokens that end an answer."""
         return end_token_ids(self.model, self.tokenizer)
 
-    def cache_gib(self) -> float:
-        """Memory for keys and values while decoding."""
-        return cache_budget_gib(self.cfg, self.machine)
+    def answer(self, items: list[Item], seeds, temperature: float = 1.0) -> list[list[list[int]]]:
+        """Decode answers to prompts, as many for each as it has seeds.
+
+        Nothing of the model's generation_config applies: a top_p or a repetition penalty would
+        make the sampled distribution another one than the trained.
+        """
+        prompts = [item.prompt for item in items]
+        with self.machine.autocast():
+            return generate(self.model.eval(), prompts, seeds, temperature=temperature,
+                            max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
+                            cache_gib=cache_budget_gib(self.cfg, self.machine), shared=self.shared)
 
 
 def cache_budget_gib(cfg: Config, machine: Machine) -> float:
@@ -1816,9 +1699,8 @@ class Optimizer:
 
     def __init__(self, model, machine: Machine, *, grad_clip: float, weight_decay: float):
         self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.adam = torch.optim.AdamW(
-            self.weights.values(), lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay
-        )
+        self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.98),
+                                      weight_decay=weight_decay)
         fp16 = machine.dtype == torch.float16
         # 2^16 would overflow in the first steps; the scale grows by itself when it can.
         self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**13, enabled=fp16)
@@ -1883,40 +1765,17 @@ def recompute_activations(model) -> None:
     (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def held_out_numbers(job: Job) -> dict:
-    """Answer the held-out rows greedily; mean NDCG@10 (0 for a wrong format) and format rate."""
-    if not job.eval_items:
-        return {}
-    job.model.eval()
-    with job.machine.autocast():
-        answers = generate(
-            job.model, [item.prompt for item in job.eval_items],
-            [[(0,)]] * len(job.eval_items), temperature=0.0, end_ids=job.end_ids,
-            max_new_tokens=job.cfg.max_new_tokens, cache_gib=job.cache_gib(), shared=job.shared,
-        )  # fmt: skip
-    rewards = [
-        score_completion(decode_text(job.tokenizer, ids), item.gold)
-        for (ids,), item in zip(answers, job.eval_items, strict=True)
-    ]
-    return {
-        "eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
-        "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards])),
-    }
-
-
 def decode_text(tokenizer, ids: Sequence[int]) -> str:
     """The text of an answer without its end token."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def train_loop(
-    job: Job, stage: str, n_steps: int, take_step: Callable[[Optimizer, int], dict]
-) -> None:
+def train_loop(job: Job, stage: str, n_steps: int,
+               take_step: Callable[[Optimizer, int], dict]) -> None:
     """Run the steps of a stage: log, evaluate, keep the best, save, resume."""
     cfg, states = job.cfg, job.out / "checkpoints"
-    optimizer = Optimizer(
-        job.model, job.machine, grad_clip=cfg.grad_clip, weight_decay=cfg.weight_decay
-    )
+    optimizer = Optimizer(job.model, job.machine, grad_clip=cfg.grad_clip,
+                          weight_decay=cfg.weight_decay)
     first = 0
     state = last_state(states, stage) if cfg.resume else None
     if state is not None:
@@ -1945,10 +1804,17 @@ def train_loop(
 
 
 def keep_best(job: Job, stage: str, step: int, n_steps: int) -> None:
-    """Evaluate on the held-out rows and write OUT/best when it is better than ever."""
-    numbers = held_out_numbers(job)
-    if not numbers:
+    """Answer the held-out rows greedily; write OUT/best when mean NDCG@10 is better than ever.
+
+    An answer in a wrong format counts as NDCG 0.
+    """
+    if not job.eval_items:
         return
+    answers = job.answer(job.eval_items, [[(0,)]] * len(job.eval_items), temperature=0.0)
+    rewards = [score_completion(decode_text(job.tokenizer, ids), item.gold)
+               for (ids,), item in zip(answers, job.eval_items, strict=True)]
+    numbers = {"eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
+               "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards]))}
     job.log.write(stage, step, n_steps, numbers)
     if numbers["eval/ndcg@10"] > job.best:
         job.best = numbers["eval/ndcg@10"]
@@ -1959,18 +1825,14 @@ def keep_best(job: Job, stage: str, step: int, n_steps: int) -> None:
 def describe_model(job: Job, stage: str, step: int, numbers: dict | None = None) -> dict:
     """meta.json: what --rerank needs to ask the model as it was trained, and where it came from."""
     cfg = job.cfg
-    return {
-        "stage": stage, "step": step, "metrics": numbers or {},
-        "prompt": dataclasses.asdict(job.prompt), "prompt_hash": job.prompt.hash,
-        "docs_per_group": cfg.docs_per_group, "max_doc_tokens": cfg.max_doc_tokens,
-        "max_prompt_tokens": cfg.max_prompt_tokens, "max_new_tokens": cfg.max_new_tokens,
-        "config": dataclasses.asdict(cfg), "command": sys.argv[1:], "versions": provenance(),
-    }  # fmt: skip
+    return {"stage": stage, "step": step, "metrics": numbers or {},
+            "prompt": dataclasses.asdict(job.prompt), "prompt_hash": job.prompt.hash,
+            "docs_per_group": cfg.docs_per_group, "max_doc_tokens": cfg.max_doc_tokens,
+            "max_prompt_tokens": cfg.max_prompt_tokens, "max_new_tokens": cfg.max_new_tokens,
+            "config": dataclasses.asdict(cfg), "command": sys.argv[1:], "versions": provenance()}
 
 
-# -----------------------------------------------------------------------------------------------
-# SFT cold start (Eq. 3)
-# -----------------------------------------------------------------------------------------------
+# --- SFT cold start (Eq. 3) -----------------------------------------------------------------------
 
 
 def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimizer, step: int):
@@ -1997,11 +1859,9 @@ def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimize
     lr = learning_rate(step, n_steps, cfg.sft_lr, cfg.sft_warmup, cfg.sft_schedule)
     grad_norm, moved = optimizer.step(lr)
     seconds = time.perf_counter() - started
-    return {
-        "loss": loss, "entropy": entropy, "completion_tokens": n_tokens / len(batch),
-        "grad_norm": grad_norm, "skipped": int(not moved), "lr": lr, "seconds": seconds,
-        "tokens_per_s": (sum(prompts) + n_tokens) / seconds,
-    }  # fmt: skip
+    return {"loss": loss, "entropy": entropy, "completion_tokens": n_tokens / len(batch),
+            "grad_norm": grad_norm, "skipped": int(not moved), "lr": lr, "seconds": seconds,
+            "tokens_per_s": (sum(prompts) + n_tokens) / seconds}
 
 
 def run_sft(job: Job) -> None:
@@ -2016,9 +1876,7 @@ def run_sft(job: Job) -> None:
     train_loop(job, "sft", n_steps, functools.partial(sft_step, job, policy, items, n_steps))
 
 
-# -----------------------------------------------------------------------------------------------
-# GRPO (Eq. 7)
-# -----------------------------------------------------------------------------------------------
+# --- GRPO (Eq. 7) ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -2033,27 +1891,15 @@ class RolloutBatch:
 
 
 def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
-    """Sample G answers to each prompt at temperature 1 and reward them.
-
-    Nothing of the model's generation_config applies here: a top_p or a repetition penalty would
-    make the sampled distribution another one than the trained.
-    """
-    cfg = job.cfg
-    job.model.eval()
+    """Sample G answers to each prompt at temperature 1 and reward them."""
+    cfg, ends = job.cfg, set(job.end_ids)
     seeds = [[(cfg.seed, step, i.id, g) for g in range(cfg.rollouts_per_prompt)] for i in items]
-    with job.machine.autocast():
-        completions = generate(
-            job.model, [item.prompt for item in items], seeds,
-            max_new_tokens=cfg.max_new_tokens, end_ids=job.end_ids,
-            cache_gib=job.cache_gib(), shared=job.shared,
-        )  # fmt: skip
+    completions = job.answer(items, seeds)
     texts = [[decode_text(job.tokenizer, ids) for ids in row] for row in completions]
-    ends = set(job.end_ids)
     truncated = np.array([[ids[-1] not in ends for ids in row] for row in completions])
-    reward = functools.partial(
-        score_completion, relevance_level=cfg.relevance_level, ndcg_weight=cfg.ndcg_weight,
-        recall_weight=cfg.recall_weight, align_weight=cfg.align_weight, rbo_weight=cfg.rbo_weight,
-    )  # fmt: skip
+    reward = functools.partial(score_completion, relevance_level=cfg.relevance_level,
+                               ndcg_weight=cfg.ndcg_weight, recall_weight=cfg.recall_weight,
+                               align_weight=cfg.align_weight, rbo_weight=cfg.rbo_weight)
     rewards = [[reward(t, i.gold) for t in row] for row, i in zip(texts, items, strict=True)]
     return RolloutBatch(items, completions, texts, rewards, truncated)
 
@@ -2062,17 +1908,12 @@ def rollout_numbers(batch: RolloutBatch) -> dict:
     """Means over all rollouts of a batch, for the log."""
     flat = [reward for row in batch.rewards for reward in row]
     totals = np.array([[r.total for r in row] for row in batch.rewards])
-    return {
-        "reward": float(totals.mean()),
-        "reward/ndcg": float(np.mean([r.ndcg for r in flat])),
-        "reward/recall": float(np.mean([r.recall for r in flat])),
-        "reward/alignment": float(np.mean([r.alignment for r in flat])),
-        "reward/rbo": float(np.mean([r.rbo for r in flat])),
-        "format_ok": float(np.mean([r.status == "ok" for r in flat])),
-        "completion_tokens": float(np.mean([len(c) for row in batch.completions for c in row])),
-        "truncated": float(batch.truncated.mean()),
-        "zero_spread": float(np.mean(np.ptp(totals, axis=1) < 1e-8)),
-    }
+    parts = {f"reward/{name}": [getattr(r, name) for r in flat]
+             for name in ("ndcg", "recall", "alignment", "rbo")}
+    columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
+               "completion_tokens": [len(c) for row in batch.completions for c in row],
+               "truncated": batch.truncated, "zero_spread": np.ptp(totals, axis=1) < 1e-8}
+    return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
 class Reference:
@@ -2080,20 +1921,17 @@ class Reference:
 
     def __init__(self, job: Job, policy: Policy):
         """With LoRA it is the policy without its adapters; else a frozen copy is kept."""
-        self.job, self.policy, self.copy = job, policy, None
+        self.job, self.policy = job, policy
         if not lora_layers(job.model):
             frozen = copy.deepcopy(job.model).requires_grad_(False).eval()
-            self.copy = Policy(frozen.to(job.machine.dtype))
+            self.policy = Policy(frozen.to(job.machine.dtype))
 
     @torch.no_grad()
     def logprobs(self, blocks: Sequence[Block]) -> Tensor:
         """(N,) log-probabilities of the completions."""
         job = self.job
-        with job.machine.autocast():
-            if self.copy is not None:
-                return completion_logprobs(self.copy, blocks, job.machine.device, job.shared)[0]
-            with lora_disabled(job.model):
-                return completion_logprobs(self.policy, blocks, job.machine.device, job.shared)[0]
+        with job.machine.autocast(), lora_disabled(job.model):
+            return completion_logprobs(self.policy, blocks, job.machine.device, job.shared)[0]
 
 
 @dataclass
@@ -2136,10 +1974,8 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
             logp, entropy = completion_logprobs(policy, part.blocks, device, job.shared)
         # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
         old_logp = logp.detach() if part.old_logp is None else part.old_logp
-        loss = grpo_loss(
-            logp, old_logp, part.ref_logp, part.advantages, part.weights,
-            clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef,
-        )  # fmt: skip
+        loss = grpo_loss(logp, old_logp, part.ref_logp, part.advantages, part.weights,
+                         clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef)
         optimizer.backward(loss)
         part.old_logp = old_logp
         with torch.no_grad():
@@ -2154,11 +1990,9 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
                 sums["kl"] += k3_divergence(logp, part.ref_logp).sum().item()
     grad_norm, moved = optimizer.step(lr)
     n = sums["tokens"]
-    return {
-        "loss": sums["loss"], "kl": sums["kl"] / n, "entropy": sums["entropy"] / n,
-        "clip_share": sums["clipped"] / n, "grad_norm": grad_norm, "skipped": int(not moved),
-        "lr": lr,
-    }  # fmt: skip
+    return {"loss": sums["loss"], "kl": sums["kl"] / n, "entropy": sums["entropy"] / n,
+            "clip_share": sums["clipped"] / n, "grad_norm": grad_norm, "skipped": int(not moved),
+            "lr": lr}
 
 
 def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int) -> dict:
@@ -2172,8 +2006,7 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
     passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
     if step == 0 and job.shared:
         check_shared_prompt(job, policy, passes)
-        if not job.shared:
-            passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
+        passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
     lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
     for update in range(cfg.updates_per_batch):
         numbers = policy_update(job, policy, reference, passes, optimizer, lr)
@@ -2185,7 +2018,7 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
             {"id": item.id, "text": texts[0], "reward": dataclasses.asdict(rewards[0])}
             for item, texts, rewards in list(
                 zip(batch.items, batch.texts, batch.rewards, strict=True))[:2]
-        ])  # fmt: skip
+        ])
     seconds = time.perf_counter() - started
     n_tokens = sum(len(i.prompt) for i in batch.items)
     n_tokens += sum(len(c) for row in batch.completions for c in row)
@@ -2218,18 +2051,16 @@ def run_grpo(job: Job) -> None:
     if not items:
         raise ValueError(f'{cfg.data}: no row has "scores", which GRPO needs; use --stage sft')
     n_steps = math.ceil(cfg.grpo_epochs * len(items) / cfg.prompts_per_step)
-    print(
-        f"grpo: {len(items)} rows, {n_steps} steps of {cfg.prompts_per_step} prompts x"
-        f" {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch} update(s) each",
-        flush=True,
-    )
+    print(f"grpo: {len(items)} rows, {n_steps} steps of {cfg.prompts_per_step} prompts x"
+          f" {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch} update(s) each",
+          flush=True)
     policy = Policy(job.model)
     reference = Reference(job, policy) if cfg.kl_coef else None
     step = functools.partial(grpo_step, job, policy, reference, items, n_steps)
     train_loop(job, "grpo", n_steps, step)
-# -----------------------------------------------------------------------------------------------
-# A training run, from rows to a model folder
-# -----------------------------------------------------------------------------------------------
+
+
+# --- A training run, from rows to a model folder --------------------------------------------------
 
 
 def claim_output(cfg: Config, name: str) -> Path:
@@ -2244,8 +2075,7 @@ def claim_output(cfg: Config, name: str) -> Path:
     if out.is_dir() and any(out.iterdir()) and not cfg.resume:
         if not cfg.overwrite:
             raise ValueError(
-                f"{out} exists: give another --out, --resume to continue it, or --overwrite"
-            )
+                f"{out} exists: give another --out, --resume to continue it, or --overwrite")
         if not (out / "run.json").is_file():
             raise ValueError(f"{out} was not written by --train; delete it yourself if you mean to")
     if cfg.resume and not (out / "run.json").is_file():
@@ -2260,25 +2090,16 @@ def clear_output(cfg: Config, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def file_hash(path: str) -> str:
-    """SHA-256 of a file's bytes, first 16 digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
 # Settings that may differ between the parts of one run without changing its result.
 FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "eval_data", "device"}
 
 
 def record_run(cfg: Config, prompt: Prompt, out: Path) -> None:
     """Write run.json, or on --resume check that settings and data are those of the first start."""
-    record = {
-        "config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
-        "data": {name: file_hash(name) for name in (cfg.data, cfg.eval_data) if name},
-    }  # fmt: skip
+    data = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
+            for name in (cfg.data, cfg.eval_data) if name}
+    record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
+              "data": data}
     path = out / "run.json"
     if cfg.resume:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -2305,20 +2126,9 @@ def fit_context(model, cfg: Config) -> int:
     if context is None:
         return cfg.max_prompt_tokens
     if context <= cfg.max_new_tokens:
-        raise ValueError(
-            f"the model's context of {context} tokens has no room for --max-new-tokens"
-            f" {cfg.max_new_tokens}; lower it"
-        )
+        raise ValueError(f"the model's context of {context} tokens has no room for --max-new-tokens"
+                         f" {cfg.max_new_tokens}; lower it")
     return min(cfg.max_prompt_tokens, context - cfg.max_new_tokens)
-
-
-def load_start(cfg: Config, out: Path, machine: Machine):
-    """The model that training starts from: after a finished SFT stage, OUT/sft."""
-    after_sft = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
-    path = str(out / "sft") if after_sft else cfg.model
-    trainable = cfg.lora_rank == 0
-    model = load_model(path, machine, trainable=trainable, trust_remote_code=cfg.trust_remote_code)
-    return model, after_sft
 
 
 def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
@@ -2328,10 +2138,11 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     eval_rows = read_rows(cfg.eval_data) if cfg.eval_data else []
     machine = pick_machine(cfg.device, cfg.precision)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-    model, sft_done = load_start(cfg, out, machine)
-    encoder = PromptEncoder(
-        tokenizer, max_doc_tokens=cfg.max_doc_tokens, max_prompt_tokens=fit_context(model, cfg)
-    )
+    sft_done = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
+    model = load_model(str(out / "sft") if sft_done else cfg.model, machine,
+                       trainable=cfg.lora_rank == 0, trust_remote_code=cfg.trust_remote_code)
+    encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
+                            max_prompt_tokens=fit_context(model, cfg))
     items, counts = encode_rows(rows, encoder, prompt, cfg.max_new_tokens)
     eval_rows = [row for row in eval_rows if row.scores is not None]
     eval_items, _ = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
@@ -2340,9 +2151,7 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     share_prompts(model, not why_not)
     if why_not:
         print(f"note: prompts are run once for each answer: {why_not}")
-    job = Job(
-        cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not
-    )
+    job = Job(cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not)
     describe_job(job, encoder, counts)
     if cfg.stage in ("sft", "both") and not sft_done:
         set_up_training(model, cfg, machine)
@@ -2369,26 +2178,21 @@ def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
     n_weights = sum(p.numel() for p in model.parameters())
     tokens = [len(item.prompt) for item in job.items]
     kind = f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all parameters"
-    print(
-        f"model: {cfg.model}, {type(model).__name__}, {n_weights:,} parameters, training {kind}\n"
-        f"device: {job.machine.device}, matrix products in {job.machine.dtype},"
-        f" trained weights in float32, prompts shared: {'yes' if job.shared else 'no'}\n"
-        f"data: {cfg.data}: {len(job.items)} rows,"
-        f" {sum(i.response is not None for i in job.items)} with a response,"
-        f" {sum(i.gold is not None for i in job.items)} with scores;"
-        f" {len(job.eval_items)} held-out rows\n"
-        f"prompts: {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
-        f" {counts['shortened']} with shortened documents,"
-        f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
-        f"output: {job.out}\n\nthe first prompt:\n"
-        f"{job.tokenizer.decode(job.items[0].prompt)[:2000]}\n",
-        flush=True,
-    )
+    print(f"model: {cfg.model}, {type(model).__name__}, {n_weights:,} parameters, training {kind}\n"
+          f"device: {job.machine.device}, matrix products in {job.machine.dtype},"
+          f" trained weights in float32, prompts shared: {'yes' if job.shared else 'no'}\n"
+          f"data: {cfg.data}: {len(job.items)} rows,"
+          f" {sum(i.response is not None for i in job.items)} with a response,"
+          f" {sum(i.gold is not None for i in job.items)} with scores;"
+          f" {len(job.eval_items)} held-out rows\n"
+          f"prompts: {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
+          f" {counts['shortened']} with shortened documents,"
+          f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
+          f"output: {job.out}\n\nthe first prompt:\n"
+          f"{job.tokenizer.decode(job.items[0].prompt)[:2000]}\n", flush=True)
 
 
-# -----------------------------------------------------------------------------------------------
-# Rerank (Eq. 1, Sec. 4.5)
-# -----------------------------------------------------------------------------------------------
+# --- Rerank (Eq. 1, Sec. 4.5) ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -2402,9 +2206,8 @@ class Candidates:
     scores: list[float]
 
 
-def plan_groups(
-    n_docs: int, docs_per_group: int, rounds: int, stride: int, rng: np.random.Generator
-) -> list[list[list[int]]]:
+def plan_groups(n_docs: int, docs_per_group: int, rounds: int, stride: int,
+                rng: np.random.Generator) -> list[list[list[int]]]:
     """Eq. 1: for each round, split 0..n_docs-1 at random into M = ceil(N / c) groups.
 
     Sizes differ by at most one. With 0 < stride < c a round has groups of c that start every
@@ -2423,19 +2226,16 @@ def plan_groups(
     return plan
 
 
-def fuse_scores(
-    mean_scores: Sequence[float | None], first_stage: Sequence[float], weight: float
-) -> list[float | None]:
+def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float],
+                weight: float) -> list[float | None]:
     """fused = (1 - w) * mean score / 10 + w * minmax(first-stage score), one query at a time.
 
     Min-max is what makes the weight mean something: raw BM25 scores would drown the model's. A
     constant first-stage list counts as 0. Documents without a score stay without (None).
     """
     scaled = evaluate.minmax(first_stage)
-    return [
-        None if mean is None else (1 - weight) * mean / SCORE_MAX + weight * float(first)
-        for mean, first in zip(mean_scores, scaled, strict=True)
-    ]
+    return [None if mean is None else (1 - weight) * mean / SCORE_MAX + weight * float(first)
+            for mean, first in zip(mean_scores, scaled, strict=True)]
 
 
 def order_candidates(scores: Sequence[float | None]) -> list[int]:
@@ -2477,31 +2277,26 @@ class LocalModel:
         self.model, self.tokenizer, self.machine = model.eval(), tokenizer, machine
         self.max_new_tokens = cfg.max_new_tokens
         self.cache_gib = cache_budget_gib(cfg, machine)
-        self.encoder = PromptEncoder(
-            tokenizer, max_doc_tokens=cfg.max_doc_tokens,
-            max_prompt_tokens=fit_context(model, cfg),
-        )  # fmt: skip
+        self.encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
+                                     max_prompt_tokens=fit_context(model, cfg))
         self.shared = not supports_shared_prompt(model) and cfg.shared_prompt
         share_prompts(model, self.shared)
 
-    def __call__(
-        self, chats: Sequence[Chat], temperature: float, top_p: float, progress: tqdm | None = None
-    ) -> list[Completion]:
+    def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
+                 progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, longest first, in batches that fit the cache budget."""
         if not chats:
             return []
         prompts = [self.encoder.encode(c.prompt, c.query, c.texts)[0] for c in chats]
         ends = end_token_ids(self.model, self.tokenizer)
         with self.machine.autocast():
-            answers = generate(
-                self.model, prompts, [[chat.seed] for chat in chats], end_ids=ends,
-                max_new_tokens=self.max_new_tokens, temperature=temperature, top_p=top_p,
-                cache_gib=self.cache_gib, shared=self.shared, progress=progress,
-            )  # fmt: skip
+            answers = generate(self.model, prompts, [[chat.seed] for chat in chats], end_ids=ends,
+                               max_new_tokens=self.max_new_tokens, temperature=temperature,
+                               top_p=top_p, cache_gib=self.cache_gib, shared=self.shared,
+                               progress=progress)
         return [
             Completion(decode_text(self.tokenizer, ids), ids[-1] not in ends, len(prompt), len(ids))
-            for prompt, (ids,) in zip(prompts, answers, strict=True)
-        ]
+            for prompt, (ids,) in zip(prompts, answers, strict=True)]
 
 
 class Endpoint:
@@ -2516,33 +2311,28 @@ class Endpoint:
         self.model, self.cfg = model, cfg
         self.tries, self.backoff_s = tries, backoff_s
 
-    def __call__(
-        self, chats: Sequence[Chat], temperature: float, top_p: float, progress: tqdm | None = None
-    ) -> list[Completion]:
+    def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
+                 progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
         answers: list[Completion | None] = [None] * len(chats)
         with concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency) as pool:
-            waiting = {
-                pool.submit(self.ask, chat, temperature, top_p): i for i, chat in enumerate(chats)
-            }
+            waiting = {pool.submit(self.ask, chat, temperature, top_p): i
+                       for i, chat in enumerate(chats)}
             try:
                 for done in concurrent.futures.as_completed(waiting):
                     answers[waiting[done]] = done.result()
                     if progress is not None:
                         progress.update()
-            except BaseException:
+            finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise
         return answers
 
     def ask(self, chat: Chat, temperature: float, top_p: float) -> Completion:
         """One request, tried again with growing pauses on 429, 5xx, time-outs and lost connections."""
-        body = {
-            "model": self.model, "temperature": temperature, "top_p": top_p,
-            "messages": chat_messages(chat.prompt, chat.query, chat.texts),
-            "max_tokens": self.cfg.max_new_tokens,
-            "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF,
-        }  # fmt: skip
+        body = {"model": self.model, "temperature": temperature, "top_p": top_p,
+                "messages": chat_messages(chat.prompt, chat.query, chat.texts),
+                "max_tokens": self.cfg.max_new_tokens,
+                "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF}
         jitter = random.Random(repr(chat.seed))
         for attempt in range(self.tries):
             wait_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
@@ -2582,17 +2372,15 @@ def read_completion(answer: dict) -> Completion:
     text = choice["message"].get("content") or ""
     if not isinstance(text, str):
         raise TypeError("the answer's content is not text")
-    return Completion(
-        text, choice.get("finish_reason") == "length",
-        int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0),
-    )  # fmt: skip
+    return Completion(text, choice.get("finish_reason") == "length",
+                      int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
 
 
 @dataclass
 class Group:
     """One prompt of a query in one round, and what was read out of its answers so far."""
 
-    query: int  # number of the query in its batch
+    query: Candidates
     docs: list[int]  # positions in the query's first-stage list, in the order of the prompt
     seed: tuple[int | str, ...]
     scores: list[int | None]
@@ -2606,45 +2394,30 @@ class Ranking:
     qid: str
     order: list[int]  # positions in the first-stage list, best first
     votes: list[list[int]]  # scores 0-10 that each position got, one a group that holds it
+    means: list[float | None]  # their mean, None where there was none
     finals: list[float | None]  # fused score of each position
     reasons: list[tuple[list[int], str]]  # documents of each group and the model's reason
-
-    @property
-    def means(self) -> list[float | None]:
-        """Mean score of each position, None where there was none."""
-        return [sum(v) / len(v) if v else None for v in self.votes]
 
 
 Backend = Callable[..., list[Completion]]  # LocalModel and Endpoint
 
 
-def ask_groups(
-    backend: Backend,
-    prompt: Prompt,
-    queries: Sequence[Candidates],
-    groups: list[Group],
-    cfg: Config,
-    counts: Counter,
-    progress: tqdm | None = None,
-) -> None:
+def ask_groups(backend: Backend, prompt: Prompt, groups: list[Group], cfg: Config, counts: Counter,
+               progress: tqdm | None = None) -> None:
     """Fill in the groups' scores; a group with an unusable answer is asked again with a new seed.
 
     When all tries fail, the valid scores of the tries stand, the earliest first.
     """
-    open_groups = groups
     for attempt in range(cfg.retries + 1):
+        if attempt:
+            counts["retried"] += len(groups)
         # Greedy decoding would repeat its own mistake: a second try always samples.
         temperature = max(cfg.temperature, 0.3) if attempt else cfg.temperature
-        chats = [
-            Chat(
-                prompt, queries[g.query].query,
-                tuple(queries[g.query].texts[i] for i in g.docs), (*g.seed, attempt),
-            )
-            for g in open_groups
-        ]  # fmt: skip
+        chats = [Chat(prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
+                      (*g.seed, attempt)) for g in groups]
         completions = backend(chats, temperature, cfg.top_p, None if attempt else progress)
         failed = []
-        for group, completion in zip(open_groups, completions, strict=True):
+        for group, completion in zip(groups, completions, strict=True):
             answer = count_answer(completion, len(group.docs), counts)
             if answer.scores is not None:
                 pairs = zip(group.scores, answer.scores, strict=True)
@@ -2653,11 +2426,10 @@ def ask_groups(
                 group.scores, group.reason = answer.scores, answer.reason
             else:
                 failed.append(group)
-        open_groups = failed
-        if not failed:
+        groups = failed
+        if not groups:
             break
-        counts["retried"] += len(failed) if attempt < cfg.retries else 0
-    counts["failed groups"] += len(open_groups)
+    counts["failed groups"] += len(groups)
 
 
 def count_answer(completion: Completion, n_docs: int, counts: Counter) -> Answer:
@@ -2674,39 +2446,45 @@ def count_answer(completion: Completion, n_docs: int, counts: Counter) -> Answer
     return answer
 
 
-def rank_queries(
-    backend: Backend,
-    prompt: Prompt,
-    queries: Sequence[Candidates],
-    cfg: Config,
-    counts: Counter,
-    progress: tqdm | None = None,
-) -> list[Ranking]:
+GROUPS_PER_BATCH = 1024  # prompts handed to the backend at once: enough to fill it
+
+
+def rank_queries(backend: Backend, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
+                 counts: Counter, show_progress: bool = False) -> list[Ranking]:
     """Rerank several queries at once: all their groups and rounds are independent prompts."""
-    groups = []
-    for number, query in enumerate(queries):
-        rng = np.random.default_rng([cfg.seed, zlib.crc32(query.qid.encode())])
-        plan = plan_groups(len(query.ids), cfg.docs_per_group, cfg.rounds, cfg.docs_stride, rng)
-        for t, round_groups in enumerate(plan):
-            for m, docs in enumerate(round_groups):
-                seed = (cfg.seed, query.qid, t, m)
-                groups.append(Group(number, docs, seed, [None] * len(docs)))
-    ask_groups(backend, prompt, queries, groups, cfg, counts, progress)
-    votes: list[list[list[int]]] = [[[] for _ in query.ids] for query in queries]
+    groups_of = [plan_query(query, cfg) for query in queries]
+    groups = [group for planned in groups_of for group in planned]
+    hidden = not (show_progress and sys.stderr.isatty())
+    with tqdm(total=len(groups), desc="rerank", unit="group", disable=hidden) as progress:
+        for start in range(0, len(groups), GROUPS_PER_BATCH):
+            batch = groups[start : start + GROUPS_PER_BATCH]
+            ask_groups(backend, prompt, batch, cfg, counts, progress)
+    rankings = [pool_scores(q, planned, cfg) for q, planned in zip(queries, groups_of, strict=True)]
+    counts["unscored documents"] += sum(ranking.means.count(None) for ranking in rankings)
+    return rankings
+
+
+def plan_query(query: Candidates, cfg: Config) -> list[Group]:
+    """The groups of all rounds of a query."""
+    rng = np.random.default_rng([cfg.seed, zlib.crc32(query.qid.encode())])
+    plan = plan_groups(len(query.ids), cfg.docs_per_group, cfg.rounds, cfg.docs_stride, rng)
+    return [Group(query, docs, (cfg.seed, query.qid, t, m), [None] * len(docs))
+            for t, round_groups in enumerate(plan) for m, docs in enumerate(round_groups)]
+
+
+def pool_scores(query: Candidates, groups: Sequence[Group], cfg: Config) -> Ranking:
+    """Average each document's scores over its groups, fuse with the first stage, and sort."""
+    votes: list[list[int]] = [[] for _ in query.ids]
     for group in groups:
         for position, score in zip(group.docs, group.scores, strict=True):
             if score is not None:
-                votes[group.query][position].append(score)
-    rankings = []
-    for number, query in enumerate(queries):
-        means = [sum(v) / len(v) if v else None for v in votes[number]]
-        counts["unscored documents"] += sum(mean is None for mean in means)
-        finals = fuse_scores(means, query.scores, cfg.fusion_weight)
-        reasons = [(g.docs, g.reason) for g in groups if g.query == number]
-        order = order_candidates(finals)
-        rankings.append(Ranking(query.qid, order, votes[number], finals, reasons))
-        assert sorted(rankings[-1].order) == list(range(len(query.ids))), "every document once"
-    return rankings
+                votes[position].append(score)
+    means = [sum(v) / len(v) if v else None for v in votes]
+    finals = fuse_scores(means, query.scores, cfg.fusion_weight)
+    order = order_candidates(finals)
+    assert sorted(order) == list(range(len(query.ids))), "every document once"
+    reasons = [(group.docs, group.reason) for group in groups]
+    return Ranking(query.qid, order, votes, means, finals, reasons)
 
 
 def carried_scores(ranking: Ranking) -> list[float]:
@@ -2727,10 +2505,8 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection,
     counts = Counter({"queries without a run": len(collection.queries.keys() - run.keys())})
     unknown = sorted(run.keys() - collection.queries.keys())
     if len(unknown) == len(run):
-        raise ValueError(
-            f"{cfg.run} and {cfg.data} share no query: the run has {unknown[0]!r},"
-            f" the collection {next(iter(collection.queries))!r}"
-        )
+        raise ValueError(f"{cfg.run} and {cfg.data} share no query: the run has {unknown[0]!r},"
+                         f" the collection {next(iter(collection.queries))!r}")
     counts["run queries not in the collection"] = len(unknown)
     queries = []
     for qid, query in collection.queries.items():
@@ -2739,10 +2515,8 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection,
         ids = evaluate.sort_run(scores)[: cfg.top_k]
         missing = [d for d in ids if d not in collection.corpus]
         if missing:
-            raise ValueError(
-                f"{cfg.run}: query {qid!r} names document {missing[0]!r}, which"
-                f" {Path(cfg.data) / 'corpus.jsonl'} does not have"
-            )
+            raise ValueError(f"{cfg.run}: query {qid!r} names document {missing[0]!r}, which"
+                             f" {Path(cfg.data) / 'corpus.jsonl'} does not have")
         if ids:
             texts = [collection.corpus[d] for d in ids]
             queries.append(Candidates(qid, query, ids, texts, [scores[d] for d in ids]))
@@ -2759,37 +2533,8 @@ def load_backend(cfg: Config) -> Backend:
     return LocalModel(model, tokenizer, machine, cfg)
 
 
-GROUPS_PER_BATCH = 1024  # prompts handed to the backend at once: enough to fill it
-
-
-def rank_all(
-    backend: Backend, prompt: Prompt, queries: Sequence[Candidates], cfg: Config, counts: Counter
-) -> list[Ranking]:
-    """rank_queries over a whole collection, a few hundred prompts at a time, with progress."""
-    per_query = [
-        sum(map(len, plan_groups(
-            len(q.ids), cfg.docs_per_group, cfg.rounds, cfg.docs_stride, np.random.default_rng(0)
-        )))
-        for q in queries
-    ]  # fmt: skip
-    rankings: list[Ranking] = []
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=sum(per_query), desc="rerank", unit="group", disable=hidden) as progress:
-        start = 0
-        while start < len(queries):
-            stop, n_groups = start + 1, per_query[start]
-            while stop < len(queries) and n_groups + per_query[stop] <= GROUPS_PER_BATCH:
-                n_groups += per_query[stop]
-                stop += 1
-            chunk = queries[start:stop]
-            rankings += rank_queries(backend, prompt, chunk, cfg, counts, progress)
-            start = stop
-    return rankings
-
-
-def write_rankings(
-    path: str | Path, queries: Sequence[Candidates], rankings: Sequence[Ranking]
-) -> None:
+def write_rankings(path: str | Path, queries: Sequence[Candidates],
+                   rankings: Sequence[Ranking]) -> None:
     """Write a TREC run, best first, with scores that every evaluator sorts into our order."""
     rows = {}
     for query, ranking in zip(queries, rankings, strict=True):
@@ -2810,22 +2555,17 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     n_docs = sum(len(query.ids) for query in queries)
     backend = load_backend(cfg)
     where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
-    print(
-        f"rerank: {len(queries)} queries, {n_docs} documents, groups of {cfg.docs_per_group},"
-        f" {cfg.rounds} round(s), model {cfg.model} on {where}, prompt {prompt.hash}",
-        flush=True,
-    )
+    print(f"rerank: {len(queries)} queries, {n_docs} documents, groups of {cfg.docs_per_group},"
+          f" {cfg.rounds} round(s), model {cfg.model} on {where}, prompt {prompt.hash}", flush=True)
     counts: Counter = Counter()
     started = time.perf_counter()
-    rankings = rank_all(backend, prompt, queries, cfg, counts)
+    rankings = rank_queries(backend, prompt, queries, cfg, counts, show_progress=True)
     seconds = time.perf_counter() - started
     write_rankings(cfg.out, queries, rankings)
-    sidecar = {
-        "config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
-        "prompt": dataclasses.asdict(prompt), "queries": len(queries), "documents": n_docs,
-        "counts": dict(sorted(counts.items())), "notes": notes, "seconds": round(seconds, 3),
-        "command": sys.argv[1:], "versions": provenance(),
-    }  # fmt: skip
+    sidecar = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
+               "prompt": dataclasses.asdict(prompt), "queries": len(queries), "documents": n_docs,
+               "counts": dict(sorted(counts.items())), "notes": notes, "seconds": round(seconds, 3),
+               "command": sys.argv[1:], "versions": provenance()}
     with evaluate.open_atomic(f"{cfg.out}.json") as file:
         json.dump(sidecar, file, indent=2, ensure_ascii=False)
     print(describe_counts(counts))
@@ -2835,12 +2575,10 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
 def describe_counts(counts: Counter) -> str:
     """One line on what the model's answers were like."""
     faults = [f"{counts[s]} {s}" for s in (*STATUSES[:-1], "truncated", "errors") if counts[s]]
-    return (
-        f"{counts['calls']} answers: {counts['ok']} ok"
-        + "".join(f", {fault}" for fault in faults)
-        + f"; {counts['failed groups']} groups unusable after all tries,"
-        f" {counts['unscored documents']} documents kept their first-stage place"
-    )
+    return (f"{counts['calls']} answers: {counts['ok']} ok"
+            + "".join(f", {fault}" for fault in faults)
+            + f"; {counts['failed groups']} groups unusable after all tries,"
+            f" {counts['unscored documents']} documents kept their first-stage place")
 
 
 class GroupRanker:
@@ -2860,13 +2598,8 @@ class GroupRanker:
         cfg, prompt = rerank_settings({**settings, "model": str(path)})
         return cls(load_backend(cfg), prompt, cfg)
 
-    def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_k: int | None = None,
-        return_documents: bool = False,
-    ) -> list[dict]:
+    def rank(self, query: str, documents: Sequence[str], top_k: int | None = None,
+             return_documents: bool = False) -> list[dict]:
         """Rank documents for a query: [{"corpus_id", "score" (0-10), "text"?}], best first.
 
         The order given counts as the first stage: it breaks ties, and a document that the model
@@ -2930,15 +2663,12 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
         if meta.get("prompt_hash", prompt.hash) != prompt.hash:
-            print(
-                f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one is"
-                f" {prompt.hash}: another wording can cost points silently",
-                file=sys.stderr,
-            )
+            print(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one is"
+                  f" {prompt.hash}: another wording can cost points silently", file=sys.stderr)
     return cfg, prompt
-# -----------------------------------------------------------------------------------------------
-# Embedded demo: a small world with a lexical gap, for a first run without any download
-# -----------------------------------------------------------------------------------------------
+
+
+# --- Embedded demo: a small world with a lexical gap, for a first run without any download --------
 
 # One concept a row: the word of queries, and two words of documents, one exact and one related.
 # No query word ever occurs in a document, so that BM25 cannot tell documents apart.
@@ -2989,9 +2719,8 @@ class DemoWorld:
 
     def draw_document(self, rng: random.Random, query: list[int]) -> list[str]:
         """Five words: those of the query's concepts that it happens to hold, and others."""
-        words = [
-            self.concepts[c][rng.choice((1, 2))] for c in query if rng.random() < self.match_share
-        ]
+        words = [self.concepts[c][rng.choice((1, 2))]
+                 for c in query if rng.random() < self.match_share]
         others = [c for c in range(len(self.concepts)) if c not in query]
         words += [self.concepts[c][rng.choice((1, 2))] for c in rng.sample(others, 5 - len(words))]
         rng.shuffle(words)
@@ -3038,9 +2767,8 @@ class DemoWorld:
             queries[f"q{q}"] = " ".join(self.concepts[c][0] for c in query)
             docs = {f"q{q}d{i:02}": self.draw_document(rng, query) for i in range(n_docs)}
             corpus |= {d: " ".join(words) for d, words in docs.items()}
-            qrels[f"q{q}"] = {
-                d: sum(POINTS[m] for m in self.marks(query, words)) for d, words in docs.items()
-            }
+            qrels[f"q{q}"] = {d: sum(POINTS[m] for m in self.marks(query, words))
+                              for d, words in docs.items()}
         return corpus, queries, qrels
 
 
@@ -3057,16 +2785,13 @@ def demo_tokenizer(world: DemoWorld, max_docs: int = 20):
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     token = Regex(r'[{,]"\[\d+\]":|\[\d+\]|</?[a-z]+>|[a-z]+|\d+|\++|[^\sa-z\d+]')
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(token, "isolated")]
-    )
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(token, "isolated")])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<|endoftext|>",
-        eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
+        tokenizer_object=core, unk_token="<unk>", pad_token="<|endoftext|>", eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"])
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return tokenizer
 
 
@@ -3078,19 +2803,16 @@ def demo_model(tokenizer, seed: int):
         num_attention_heads=4, num_key_value_heads=4, head_dim=24, max_position_embeddings=1024,
         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        pad_token_id=tokenizer.pad_token_id)
     return transformers.Qwen3ForCausalLM(config)
 
 
 # What the demo changes in Config: a short prompt and a small model, so all sizes are small.
-DEMO_SETTINGS = {
-    "docs_per_group": 6, "max_doc_tokens": 16, "max_prompt_tokens": 200, "max_new_tokens": 100,
-    "lora_rank": 0, "sft_epochs": 1.0, "sft_lr": 3e-3, "sft_batch": 16,
-    "sft_warmup": 0.07, "grpo_epochs": 1.0, "grpo_lr": 2e-4, "grpo_warmup": 0.03,
-    "grpo_schedule": "linear", "prompts_per_step": 8, "relevance_level": 3, "eval_every": 50,
-    "save_every": 50,
-}  # fmt: skip
+DEMO_SETTINGS = {"docs_per_group": 6, "max_doc_tokens": 16, "max_prompt_tokens": 200,
+                 "max_new_tokens": 100, "lora_rank": 0, "sft_epochs": 1.0, "sft_lr": 3e-3,
+                 "sft_batch": 16, "sft_warmup": 0.07, "grpo_epochs": 1.0, "grpo_lr": 2e-4,
+                 "grpo_warmup": 0.03, "grpo_schedule": "linear", "prompts_per_step": 8,
+                 "relevance_level": 3, "eval_every": 50, "save_every": 50}
 DEMO_ROWS = {"sft": 16_000, "grpo": 2_000, "dev": 64}
 DEMO_QUERIES, DEMO_CANDIDATES = 100, 24
 
@@ -3125,15 +2847,12 @@ def write_demo(folder: Path, world: DemoWorld, seed: int) -> None:
 
 def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> tuple[float, float]:
     """Rerank the demo's collection as `--rerank` does: NDCG@10, and the scores' spread over rounds."""
-    cfg = dataclasses.replace(
-        cfg, model=str(model), data=str(folder), run=str(folder / "first.run")
-    )
+    cfg = dataclasses.replace(cfg, model=str(model), data=str(folder),
+                              run=str(folder / "first.run"))
     queries, collection, _ = read_candidates(cfg)
-    rankings = rank_all(load_backend(cfg), prompt, queries, cfg, Counter())
-    run = {
-        query.qid: {query.ids[i]: -float(place) for place, i in enumerate(ranking.order)}
-        for query, ranking in zip(queries, rankings, strict=True)
-    }
+    rankings = rank_queries(load_backend(cfg), prompt, queries, cfg, Counter(), show_progress=True)
+    run = {query.qid: {query.ids[i]: -float(place) for place, i in enumerate(ranking.order)}
+           for query, ranking in zip(queries, rankings, strict=True)}
     spread = [float(np.std(v)) for ranking in rankings for v in ranking.votes if len(v) > 1]
     return mean_ndcg(collection.qrels, run), float(np.mean(spread)) if spread else math.nan
 
@@ -3154,19 +2873,15 @@ def train_demo(given: dict) -> None:
     if not (cfg.resume and (folder / "train.jsonl").exists()):
         clear_output(cfg, out)
         write_demo(folder, world, cfg.seed)
-    cfg = dataclasses.replace(
-        cfg, model=str(folder / "untrained"), data=str(folder / "train.jsonl"),
-        eval_data=str(folder / "dev.jsonl"),
-    )  # fmt: skip
+    cfg = dataclasses.replace(cfg, model=str(folder / "untrained"),
+                              data=str(folder / "train.jsonl"), eval_data=str(folder / "dev.jsonl"))
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     job = train(cfg, prompt, out)
     qrels = evaluate.read_qrels(folder / "qrels" / "test.tsv")
     # One score for all documents, each order of the tie equally likely: the expectation, exactly.
     tied = [evaluate.ndcg([np.mean(list(q.values()))] * len(q), list(q.values())) for q in qrels.values()]
-    table = {
-        "random": float(np.mean(tied)),
-        "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run")),
-    }
+    table = {"random": float(np.mean(tied)),
+             "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run"))}
     models = {"untrained": folder / "untrained", "sft": out / "sft", "sft+grpo": out}
     for name, path in models.items():
         if (path / "config.json").is_file():
@@ -3193,15 +2908,14 @@ def run_ablations(cfg: Config, prompt: Prompt, out: Path, seconds: dict, table: 
     longer = folder / "train-longer.jsonl"
     rng = random.Random(f"sft {cfg.seed}")
     rows = (DemoWorld(cfg.seed).row(rng, f"sft-{i}", cfg.docs_per_group, kind="sft")
-            for i in range(round(DEMO_ROWS["sft"] * factor)))  # fmt: skip
+            for i in range(round(DEMO_ROWS["sft"] * factor)))
     longer.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sft = str(out / "sft")
-    variants = {
-        "grpo": {"stage": "grpo"},
-        "sft, same seconds": {"stage": "sft", "data": str(longer)},
-        "without alignment": {"stage": "grpo", "model": sft, "align_weight": 0.0},
-        "without ranking": {"stage": "grpo", "model": sft, "ndcg_weight": 0.0, "recall_weight": 0.0},
-    }
+    variants = {"grpo": {"stage": "grpo"},
+                "sft, same seconds": {"stage": "sft", "data": str(longer)},
+                "without alignment": {"stage": "grpo", "model": sft, "align_weight": 0.0},
+                "without ranking": {"stage": "grpo", "model": sft,
+                                    "ndcg_weight": 0.0, "recall_weight": 0.0}}
     for name, changes in variants.items():
         print(f"\nablation: {name}")
         target = out / "ablation" / name.replace(", ", "-").replace(" ", "-")
@@ -3219,13 +2933,11 @@ def run_ablations(cfg: Config, prompt: Prompt, out: Path, seconds: dict, table: 
 
 def print_demo_table(results: dict, out: Path) -> None:
     """The demo's last words: a table of held-out NDCG@10."""
-    names = {
-        "random": "random order", "bm25": "BM25", "untrained": "untrained model", "sft": "SFT only",
-        "grpo": "GRPO only (no cold start)", "sft+grpo": "SFT + GRPO",
-    }  # fmt: skip
+    names = {"random": "random order", "bm25": "BM25", "untrained": "untrained model",
+             "sft": "SFT only", "grpo": "GRPO only (no cold start)", "sft+grpo": "SFT + GRPO"}
     names |= {name: name for name in results["ndcg@10"] if name not in names}
     shown = {label: results["ndcg@10"][name] for name, label in names.items()
-             if name in results["ndcg@10"]}  # fmt: skip
+             if name in results["ndcg@10"]}
     widths = [max(len(label), 6) for label in shown]
     print(f"\nheld-out NDCG@10: {DEMO_QUERIES} queries, {DEMO_CANDIDATES} candidates each")
     print("| " + " | ".join(f"{n:>{w}}" for n, w in zip(shown, widths, strict=True)) + " |")
@@ -3234,22 +2946,11 @@ def print_demo_table(results: dict, out: Path) -> None:
         print(f"spread of a document's scores over four groupings, {name}: {x:.4f}")
     print(f"{clock(results['seconds']['total'])} in all; numbers in {out / 'results.json'}")
     query = next(iter(evaluate.read_collection(out / "demo").queries.values()))
-    print(
-        f"try: python grouprank.py --rerank --model {out} --query '{query}'"
-        f" --docs {out}/demo/example/*.txt"
-    )
+    print(f"try: python grouprank.py --rerank --model {out} --query '{query}'"
+          f" --docs {out}/demo/example/*.txt")
 
 
-# -----------------------------------------------------------------------------------------------
-# Command line
-# -----------------------------------------------------------------------------------------------
-
-
-class CleanFormatter(argparse.HelpFormatter):
-    """Options with their default behind the help text."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=100)
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3257,8 +2958,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grouprank.py",
         description="Train a groupwise reranker (SFT, then GRPO), or rerank with one.",
-        formatter_class=CleanFormatter,
-    )
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=100))
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="train; without --model the demo")
     mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
