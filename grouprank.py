@@ -57,7 +57,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter
@@ -71,6 +70,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -92,8 +92,6 @@ def setting(default, help: str, source: str, group: str, choices: tuple | None =
 @dataclass(frozen=True)
 class Config:
     """Every option of both commands. `source` says where a default comes from."""
-
-
     model: str = setting("", "model folder or hub name; empty trains the embedded demo; with --endpoint the server's name for it", "ours: a first run needs no download", "input")
     data: str = setting("", "training rows (JSONL), or for --rerank a BEIR folder", "ours", "input")
     eval_data: str = setting("", "held-out rows (JSONL) to evaluate on while training", "ours", "input")
@@ -162,7 +160,6 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", "machine")
     precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16", "machine", ("auto", "fp32", "bf16", "fp16"))
     cache_gib: float = setting(0.0, "memory for keys and values while decoding; 0: 40 % of the free CUDA memory, 1 GiB on CPU", "ours", "machine")
-
 
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
@@ -235,7 +232,6 @@ where the zeros stand for your scores."""
 @dataclass(frozen=True)
 class Prompt:
     """The wording of a prompt. `user` holds {query} and {documents} once each, and any {n}."""
-
     system: str = SYSTEM_TEXT
     user: str = USER_TEXT
 
@@ -339,8 +335,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer, *, max_doc_tokens: int, max_prompt_tokens: int):
         self.tokenizer = tokenizer
-        self.max_doc_tokens = max_doc_tokens
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_doc_tokens, self.max_prompt_tokens = max_doc_tokens, max_prompt_tokens
         self._plain_added = [token.content
                              for token in tokenizer.added_tokens_decoder.values()
                              if not token.special and not token.content.isspace()]
@@ -357,7 +352,7 @@ class PromptEncoder:
         if new:
             if len(self._known) > 200_000:  # a bound on the memory, not a cache policy
                 self._known, new = {}, list(dict.fromkeys(texts))
-            # Added tokens that are not "special" (<think>, <tool_call>) survive split_special_tokens.
+            # Added tokens that are not "special", such as <think>, survive split_special_tokens.
             clean = [break_chat_tokens(defuse(text), self._plain_added) for text in new]
             ids = self.tokenizer(clean, add_special_tokens=False, split_special_tokens=True)
             self._known |= zip(new, ids["input_ids"], strict=True)
@@ -389,9 +384,9 @@ class PromptEncoder:
                     even_limit([len(d) for d in documents], self.max_prompt_tokens - fixed))
         if limit < 1:
             raise ValueError(
-                f"a prompt of {self.max_prompt_tokens} tokens has no room for {len(texts)} documents:"
-                f" instructions and query take {fixed}; use fewer documents per group or a longer context"
-            )
+                f"a prompt of {self.max_prompt_tokens} tokens has no room for {len(texts)}"
+                f" documents: instructions and query take {fixed};"
+                " use fewer documents per group or a longer context")
         block: list[int] = []
         for i, (number, document) in enumerate(zip(numbers, documents, strict=True)):
             block += (gap if i else []) + number + document[:limit]
@@ -426,7 +421,6 @@ STATUSES = (TAG_FAULT, JSON_FAULT, "out_of_range", "duplicate", "bad_score", "mi
 @dataclass(frozen=True)
 class Answer:
     """What could be read out of one completion."""
-
     scores: list[int | None] | None  # per document, None where unusable; None when nothing was read
     status: str  # one of STATUSES
     reason: str = ""
@@ -567,7 +561,6 @@ def format_reward(tags_ok: bool, json_ok: bool, ranking_reward: float) -> float:
 @dataclass(frozen=True)
 class Reward:
     """The reward of one completion and its parts; the parts are 0 where the format is wrong."""
-
     total: float
     status: str
     ndcg: float = 0.0
@@ -676,7 +669,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Machine:
     """Where to compute, and in which type the matrix products run."""
-
     device: torch.device
     dtype: torch.dtype
 
@@ -693,7 +685,8 @@ def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N") from None
+        message = f"--device {device}: not a device; use auto, cpu, cuda or cuda:N"
+        raise ValueError(message) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
     if precision == "auto":
@@ -709,7 +702,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
+        reason = first_line(error)
+        raise ValueError(f"--model {path}: no tokenizer could be loaded ({reason})") from None
 
 
 def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_code: bool = False):
@@ -730,7 +724,7 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
             " give a folder that save_pretrained wrote, or a name on the hub") from None
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
     if machine.device.type == "cpu" and model.num_parameters() < 5_000_000:
-        torch.set_num_threads(1)  # such matrices gain nothing from a second thread that they wait for
+        torch.set_num_threads(1)  # threads of such small matrices wait more than they work
     return model.to(machine.device)
 
 
@@ -871,7 +865,7 @@ def load_adapter(model, folder: str | Path) -> None:
 SHARED = "shared_prompt"  # the name of our attention among transformers' implementations
 
 
-def attend_shared_prompt(module, query, key, value, attention_mask=None, *, scaling, shared=None, **_):
+def attend_shared_prompt(module, query, key, value, mask=None, *, scaling, shared=None, **_):
     """An attention function of transformers: `shared` says which tokens see which.
 
     query (1 or R, H, T, D), key and value (1 or R, H_kv, T, D), rotated already. Without `shared`
@@ -910,21 +904,20 @@ class PackedRow:
 
     def attend(self, layer: int, query, key, value, scaling) -> Tensor:
         """Exact causal attention, (1, H, T, D) in and out."""
-        outputs, start = [], 0
-        if self.kept is not None:
-            self.kept.append([])
+        outputs, pairs, start = [], [], 0
         for n_prompt, lengths in self.blocks:
             prompt = slice(start, start + n_prompt)
             k, v = key[:, :, prompt], value[:, :, prompt]
             outputs.append(causal_attention(query[:, :, prompt], k, v, scaling))
-            if self.kept is not None:
-                self.kept[-1].append((k, v))
+            pairs.append((k, v))
             start += n_prompt
             if lengths:
                 answers = slice(start, start + sum(lengths))
                 parts = (t[:, :, answers] for t in (query, key, value))
                 outputs.append(attend_completions(*parts, k, v, lengths, scaling))
                 start += sum(lengths)
+        if self.kept is not None:
+            self.kept.append(pairs)
         assert start == query.shape[2], f"blocks cover {start} of {query.shape[2]} tokens"
         return torch.cat(outputs, dim=2)
 
@@ -1028,16 +1021,15 @@ def completion_logprobs(policy, blocks: Sequence[Block], device, shared: bool):
     """
     if shared:
         return policy(*packed_inputs(blocks, device))
-    rows = [(list(prompt), list(c)) for prompt, completions in blocks for c in completions]
-    longest = max(len(prompt) + len(c) for prompt, c in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    rows = [(prompt, c) for prompt, completions in blocks for c in completions]
+    # Padding stands on the right, after every real token: a causal model needs no mask for it.
+    ids = pad_sequence([torch.tensor([*prompt, *c]) for prompt, c in rows], batch_first=True)
+    longest = ids.shape[1]
     predictors, targets = [], []
     for i, (prompt, completion) in enumerate(rows):
-        ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        first = i * longest + len(prompt) - 1  # the last prompt token predicts the first answer token
+        first = i * longest + len(prompt) - 1  # the last prompt token predicts the first answer's
         predictors += range(first, first + len(completion))
         targets += completion
-    # Padding stands on the right, after every real token: a causal model needs no mask for it.
     positions = torch.arange(longest, device=device)[None]
     index = (torch.tensor(predictors).to(device), torch.tensor(targets).to(device))
     return policy(ids.to(device), positions, *index)
@@ -1265,7 +1257,7 @@ def cut_answers(tokens: Tensor, end_ids: Sequence[int]) -> list[list[int]]:
 
 
 def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
-    """Run each prompt once. Returns the logits after each (B, V) and the keys and values to keep."""
+    """Run each prompt once. Returns the logits after each (B, V), and the keys and values."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     hidden, kept = [], None
     for chunk in plan_passes([len(p) for p in prompts], [[0]] * len(prompts), max_tokens, True):
@@ -1304,10 +1296,9 @@ def decode_shared(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> l
         if n_live == 0 or step + 1 == max_new_tokens:
             break
         if n_live <= len(rows) // 2:
-            slots = compact_slots(live.view(-1, cache.n_answers))
-            n_slots = slots.shape[1]
-            cache.keep(slots[:, 0] // cache.n_answers, slots.flatten(), n_slots)
-            slots = slots.flatten()
+            grid = compact_slots(live.view(-1, cache.n_answers))
+            slots = grid.flatten()
+            cache.keep(grid[:, 0] // cache.n_answers, slots, grid.shape[1])
             rows, live, new = rows[slots], live[slots], new[slots]
         positions = cache.prompt_tokens.repeat_interleave(cache.n_answers) + step
         states = decoder(input_ids=new[:, None], position_ids=positions[:, None], use_cache=False,
@@ -1330,16 +1321,12 @@ def compact_slots(live: Tensor) -> Tensor:
 
 
 def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> list[list[int]]:
-    """The plain way, for any architecture: every answer carries its own copy of the prompt's cache."""
-    prompts = [prompt for prompt in prompts for _ in range(n_answers)]
-    device, longest = model.device, max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)  # padded on the left
-        mask[i, longest - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    rows, cache = torch.arange(len(prompts), device=device), None
+    """The plain way, for any architecture: every answer has its own copy of the prompt's cache."""
+    rows = [torch.tensor(prompt) for prompt in prompts for _ in range(n_answers)]
+    pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    device = model.device
+    ids, mask = pad_left(rows).to(device), pad_left([torch.ones_like(r) for r in rows]).to(device)
+    rows, cache = torch.arange(len(ids), device=device), None
     live = torch.ones_like(rows, dtype=torch.bool)
     tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
     ends = torch.tensor(list(end_ids), device=device)
@@ -1389,9 +1376,8 @@ def read_rows(path: str) -> list[Example]:
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from None
             example = check_row(row, f"{path}:{number}")
             if example.id in lines_of:
-                raise ValueError(
-                    f"{path}:{number}: id {example.id!r} stands on line {lines_of[example.id]} already"
-                )
+                raise ValueError(f"{path}:{number}: id {example.id!r} stands on line"
+                                 f" {lines_of[example.id]} already")
             lines_of[example.id] = number
             rows.append(example)
     if not rows:
@@ -1436,7 +1422,6 @@ def check_row(row, place: str) -> Example:
 @dataclass(frozen=True)
 class Item:
     """An Example as token ids."""
-
     id: str
     prompt: list[int]
     gold: tuple[float, ...] | None
@@ -1470,17 +1455,10 @@ def shuffled_batch(n_rows: int, step: int, batch: int, seed: Sequence[int]) -> l
 
     A pure function of its arguments, so that a resumed run needs no stored cursor.
     """
-    chosen = []
-    for place in range(step * batch, (step + 1) * batch):
-        epoch, index = divmod(place, n_rows)
-        chosen.append(int(epoch_order(n_rows, (*seed, epoch))[index]))
-    return chosen
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(n_rows: int, seed: tuple[int, ...]) -> np.ndarray:
-    """The order of the rows in one epoch."""
-    return np.random.default_rng(np.random.SeedSequence(seed)).permutation(n_rows)
+    places = [divmod(place, n_rows) for place in range(step * batch, (step + 1) * batch)]
+    orders = {epoch: np.random.default_rng([*seed, epoch]).permutation(n_rows)
+              for epoch in {epoch for epoch, _ in places}}
+    return [int(orders[epoch][index]) for epoch, index in places]
 
 
 # --- Checkpoints and logs -------------------------------------------------------------------------
@@ -1517,7 +1495,8 @@ def write_model_files(model, tokenizer, folder: Path, meta: dict) -> None:
     model.save_pretrained(folder, state_dict=plain_state_dict(model))
     model.config.dtype = dtype
     tokenizer.save_pretrained(folder)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    (folder / "meta.json").write_text(text, "utf-8")
 
 
 def publish_model(model, tokenizer, out: Path, meta: dict) -> None:
@@ -1574,7 +1553,7 @@ def last_state(folder: Path, stage: str) -> dict | None:
 
 
 class Log:
-    """One line a step on the screen, the same numbers in metrics.jsonl, samples in samples.jsonl."""
+    """One line a step on the screen and in metrics.jsonl, sampled answers in samples.jsonl."""
 
     SHOWN = (  # key, label, format: the fixed order of the line
         ("loss", "loss", "{:.4f}"), ("reward", "reward", "{:.3f}"),
@@ -1639,7 +1618,6 @@ def clock(seconds: float) -> str:
 @dataclass
 class Job:
     """A training run: what both stages work on."""
-
     cfg: Config
     out: Path
     machine: Machine
@@ -1728,7 +1706,8 @@ class Optimizer:
     def state(self) -> dict:
         """Weights, moments and loss scale, for a checkpoint."""
         weights = {name: p.detach() for name, p in self.weights.items()}
-        return {"weights": weights, "adam": self.adam.state_dict(), "scaler": self.scaler.state_dict()}
+        adam, scaler = self.adam.state_dict(), self.scaler.state_dict()
+        return {"weights": weights, "adam": adam, "scaler": scaler}
 
     @torch.no_grad()
     def load(self, state: dict) -> None:
@@ -1882,7 +1861,6 @@ def run_sft(job: Job) -> None:
 @dataclass
 class RolloutBatch:
     """The answers to one batch of prompts, and what they earned."""
-
     items: list[Item]
     completions: list[list[list[int]]]  # (B, G) token ids, with the end token unless cut
     texts: list[list[str]]  # (B, G)
@@ -1937,7 +1915,6 @@ class Reference:
 @dataclass
 class Pass:
     """One forward and backward pass of a step, with what later updates of the batch reuse."""
-
     blocks: list[Block]
     advantages: Tensor  # (N,)
     weights: Tensor  # (N,)
@@ -1957,7 +1934,7 @@ def build_passes(batch: RolloutBatch, advantages: np.ndarray, cfg: Config, share
         per_sequence = [advantages[b, g] for b, gs in chunk for g in gs]
         per_token = np.repeat(per_sequence, counts)
         weights = np.repeat([1 / (n_sequences * n) for n in counts], counts)
-        tensors = (torch.tensor(x, dtype=torch.float32, device=device) for x in (per_token, weights))
+        tensors = torch.tensor(np.stack([per_token, weights]), dtype=torch.float32, device=device)
         passes.append(Pass(blocks, *tensors))
     return passes
 
@@ -2065,21 +2042,19 @@ def run_grpo(job: Job) -> None:
 
 def claim_output(cfg: Config, name: str) -> Path:
     """The run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ..."""
-    if not cfg.out:
-        if cfg.resume:
-            raise ValueError("--resume needs --out, the folder of the run to continue")
-        tries = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in range(1, 10_000))
-        out = next(path for path in tries if not path.exists())
-    else:
-        out = Path(cfg.out)
+    if cfg.resume and not cfg.out:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    tries = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in range(1, 10_000))
+    out = Path(cfg.out) if cfg.out else next(path for path in tries if not path.exists())
+    is_run = (out / "run.json").is_file()
+    if cfg.resume and not is_run:
+        raise ValueError(f"{out} holds no training run to continue (no run.json)")
     if out.is_dir() and any(out.iterdir()) and not cfg.resume:
         if not cfg.overwrite:
-            raise ValueError(
-                f"{out} exists: give another --out, --resume to continue it, or --overwrite")
-        if not (out / "run.json").is_file():
+            raise ValueError(f"{out} exists: give another --out, --resume to continue it,"
+                             " or --overwrite")
+        if not is_run:
             raise ValueError(f"{out} was not written by --train; delete it yourself if you mean to")
-    if cfg.resume and not (out / "run.json").is_file():
-        raise ValueError(f"{out} holds no training run to continue (no run.json)")
     return out
 
 
@@ -2104,11 +2079,10 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> None:
     if cfg.resume:
         before = json.loads(path.read_text(encoding="utf-8"))
         for name, value in before["config"].items():
-            if name not in FREE_TO_CHANGE and record["config"].get(name) != value:
-                raise ValueError(
-                    f"{out} was trained with {flag(name)} {value}, not {record['config'].get(name)};"
-                    " resume with the same settings or start a new --out"
-                )
+            now = record["config"].get(name)
+            if name not in FREE_TO_CHANGE and now != value:
+                raise ValueError(f"{out} was trained with {flag(name)} {value}, not {now};"
+                                 " resume with the same settings or start a new --out")
         if list(before["data"].values()) != list(record["data"].values()):
             raise ValueError(f"the data have changed since {out} was started; start a new --out")
         if before["prompt_hash"] != prompt.hash:
@@ -2198,7 +2172,6 @@ def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
 @dataclass(frozen=True)
 class Candidates:
     """One query and its first-stage list, best first."""
-
     qid: str
     query: str
     ids: list[str]
@@ -2234,7 +2207,7 @@ def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float
     constant first-stage list counts as 0. Documents without a score stay without (None).
     """
     scaled = evaluate.minmax(first_stage)
-    return [None if mean is None else (1 - weight) * mean / SCORE_MAX + weight * float(first)
+    return [None if mean is None else (1 - weight) * mean / 10 + weight * float(first)
             for mean, first in zip(mean_scores, scaled, strict=True)]
 
 
@@ -2251,8 +2224,7 @@ def order_candidates(scores: Sequence[float | None]) -> list[int]:
 
 @dataclass(frozen=True)
 class Chat:
-    """One prompt to be answered: wording, query, documents, and the stream that its answer draws."""
-
+    """One prompt to be answered, and the random stream that its answer draws from."""
     prompt: Prompt
     query: str
     texts: tuple[str, ...]
@@ -2262,7 +2234,6 @@ class Chat:
 @dataclass(frozen=True)
 class Completion:
     """An answer, or why there is none. An error never travels as text."""
-
     text: str
     truncated: bool = False
     prompt_tokens: int = 0
@@ -2304,12 +2275,13 @@ class Endpoint:
 
     FATAL = (401, 403, 404)  # a wrong key, address or model name will not get better
 
-    def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6, backoff_s: float = 1.0):
+    def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6,
+                 backoff_s: float = 1.0):
+        if not url.lower().startswith(("http://", "https://")):
+            raise ValueError(f"--endpoint {url}: give an http or https URL,"
+                             " such as http://host:8000/v1")
         self.url = url.rstrip("/") + "/chat/completions"
-        if urllib.parse.urlparse(self.url).scheme not in ("http", "https"):
-            raise ValueError(f"--endpoint {url}: give an http or https URL, such as http://host:8000/v1")
-        self.model, self.cfg = model, cfg
-        self.tries, self.backoff_s = tries, backoff_s
+        self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
@@ -2328,7 +2300,7 @@ class Endpoint:
         return answers
 
     def ask(self, chat: Chat, temperature: float, top_p: float) -> Completion:
-        """One request, tried again with growing pauses on 429, 5xx, time-outs and lost connections."""
+        """One request, tried again with growing pauses on 429, 5xx, time-outs, lost connections."""
         body = {"model": self.model, "temperature": temperature, "top_p": top_p,
                 "messages": chat_messages(chat.prompt, chat.query, chat.texts),
                 "max_tokens": self.cfg.max_new_tokens,
@@ -2373,13 +2345,13 @@ def read_completion(answer: dict) -> Completion:
     if not isinstance(text, str):
         raise TypeError("the answer's content is not text")
     return Completion(text, choice.get("finish_reason") == "length",
-                      int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+                      int(usage.get("prompt_tokens") or 0),
+                      int(usage.get("completion_tokens") or 0))
 
 
 @dataclass
 class Group:
     """One prompt of a query in one round, and what was read out of its answers so far."""
-
     query: Candidates
     docs: list[int]  # positions in the query's first-stage list, in the order of the prompt
     seed: tuple[int | str, ...]
@@ -2390,8 +2362,6 @@ class Group:
 @dataclass(frozen=True)
 class Ranking:
     """The reranked list of one query."""
-
-    qid: str
     order: list[int]  # positions in the first-stage list, best first
     votes: list[list[int]]  # scores 0-10 that each position got, one a group that holds it
     means: list[float | None]  # their mean, None where there was none
@@ -2484,7 +2454,7 @@ def pool_scores(query: Candidates, groups: Sequence[Group], cfg: Config) -> Rank
     order = order_candidates(finals)
     assert sorted(order) == list(range(len(query.ids))), "every document once"
     reasons = [(group.docs, group.reason) for group in groups]
-    return Ranking(query.qid, order, votes, means, finals, reasons)
+    return Ranking(order, votes, means, finals, reasons)
 
 
 def carried_scores(ranking: Ranking) -> list[float]:
@@ -2499,7 +2469,7 @@ def carried_scores(ranking: Ranking) -> list[float]:
 
 
 def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection, Counter]:
-    """The queries of a run with the texts of their top-k documents, checked against the collection."""
+    """The queries of a run with the texts of their top-k documents, and what did not match."""
     collection = evaluate.read_collection(cfg.data, queries=cfg.queries or None)
     run = evaluate.read_run(cfg.run)
     counts = Counter({"queries without a run": len(collection.queries.keys() - run.keys())})
@@ -2533,16 +2503,6 @@ def load_backend(cfg: Config) -> Backend:
     return LocalModel(model, tokenizer, machine, cfg)
 
 
-def write_rankings(path: str | Path, queries: Sequence[Candidates],
-                   rankings: Sequence[Ranking]) -> None:
-    """Write a TREC run, best first, with scores that every evaluator sorts into our order."""
-    rows = {}
-    for query, ranking in zip(queries, rankings, strict=True):
-        ids = [query.ids[i] for i in ranking.order]
-        rows[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
-    evaluate.write_run(path, rows, tag="grouprank")
-
-
 def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     """`--rerank` with a collection and a run."""
     if not cfg.out:
@@ -2561,7 +2521,11 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     started = time.perf_counter()
     rankings = rank_queries(backend, prompt, queries, cfg, counts, show_progress=True)
     seconds = time.perf_counter() - started
-    write_rankings(cfg.out, queries, rankings)
+    rows = {}
+    for query, ranking in zip(queries, rankings, strict=True):
+        ids = [query.ids[i] for i in ranking.order]
+        rows[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
+    evaluate.write_run(cfg.out, rows, tag="grouprank")
     sidecar = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
                "prompt": dataclasses.asdict(prompt), "queries": len(queries), "documents": n_docs,
                "counts": dict(sorted(counts.items())), "notes": notes, "seconds": round(seconds, 3),
@@ -2736,7 +2700,7 @@ class DemoWorld:
         return marks
 
     def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None) -> str:
-        """The reasoning names each query word and its mark, document by document; then the scores."""
+        """The reasoning: each query word and its mark, document by document; then the scores."""
         names, lines, scores = [self.concepts[c][0] for c in query], [], []
         for i, words in enumerate(docs, 1):
             marks = self.marks(query, words, rng)
@@ -2746,7 +2710,7 @@ class DemoWorld:
         return f"<reason> {' '.join(lines)} </reason> <answer> {{{','.join(scores)}}} </answer>"
 
     def row(self, rng: random.Random, id: str, n_docs: int, *, kind: str) -> dict:
-        """A training row: kind "sft" has the teacher's response, "grpo" and "dev" the true scores."""
+        """A training row: "sft" has the teacher's response, "grpo" and "dev" the true scores."""
         scores: list[int] = []
         while len(set(scores)) < 2:  # a group whose documents are all alike teaches no ranking
             query = self.draw_query(rng, held_out=kind == "dev")
@@ -2846,7 +2810,7 @@ def write_demo(folder: Path, world: DemoWorld, seed: int) -> None:
 
 
 def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> tuple[float, float]:
-    """Rerank the demo's collection as `--rerank` does: NDCG@10, and the scores' spread over rounds."""
+    """Rerank the demo's collection as `--rerank` does: NDCG@10, and the scores' spread."""
     cfg = dataclasses.replace(cfg, model=str(model), data=str(folder),
                               run=str(folder / "first.run"))
     queries, collection, _ = read_candidates(cfg)
@@ -2863,9 +2827,9 @@ def mean_ndcg(qrels: dict, run: dict) -> float:
 
 
 def train_demo(given: dict) -> None:
-    """`--train` without --model: write the world, train on it, and compare with what it started from."""
+    """`--train` without --model: write the world, train on it, compare before and after."""
     if "data" in given or "eval_data" in given:
-        raise ValueError("--data needs --model; without --model the embedded demo trains on its own")
+        raise ValueError("--data needs --model; without it the demo trains on its own rows")
     started = time.perf_counter()
     cfg = Config(**(DEMO_SETTINGS | given))
     out = claim_output(cfg, "demo")
@@ -2879,7 +2843,8 @@ def train_demo(given: dict) -> None:
     job = train(cfg, prompt, out)
     qrels = evaluate.read_qrels(folder / "qrels" / "test.tsv")
     # One score for all documents, each order of the tie equally likely: the expectation, exactly.
-    tied = [evaluate.ndcg([np.mean(list(q.values()))] * len(q), list(q.values())) for q in qrels.values()]
+    labels = [list(judged.values()) for judged in qrels.values()]
+    tied = [evaluate.ndcg([np.mean(gold)] * len(gold), gold) for gold in labels]
     table = {"random": float(np.mean(tied)),
              "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run"))}
     models = {"untrained": folder / "untrained", "sft": out / "sft", "sft+grpo": out}
@@ -2940,8 +2905,9 @@ def print_demo_table(results: dict, out: Path) -> None:
              if name in results["ndcg@10"]}
     widths = [max(len(label), 6) for label in shown]
     print(f"\nheld-out NDCG@10: {DEMO_QUERIES} queries, {DEMO_CANDIDATES} candidates each")
-    print("| " + " | ".join(f"{n:>{w}}" for n, w in zip(shown, widths, strict=True)) + " |")
-    print("| " + " | ".join(f"{x:>{w}.4f}" for x, w in zip(shown.values(), widths, strict=True)) + " |")
+    numbers = [f"{x:.4f}" for x in shown.values()]
+    for cells in (shown, numbers):
+        print("| " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) + " |")
     for name, x in results.get("spread", {}).items():
         print(f"spread of a document's scores over four groupings, {name}: {x:.4f}")
     print(f"{clock(results['seconds']['total'])} in all; numbers in {out / 'results.json'}")
@@ -3004,7 +2970,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         cfg, prompt = rerank_settings(given)
         if not cfg.model:
-            raise ValueError("--rerank needs --model: a folder, a hub name, or a server's model name")
+            raise ValueError("--rerank needs --model:"
+                             " a folder, a hub name, or a server's model name")
         if cfg.query or cfg.docs:
             if not (cfg.query and cfg.docs):
                 raise ValueError("--query and --docs go together")
