@@ -336,8 +336,8 @@ class PromptEncoder:
     def __init__(self, tokenizer, *, max_doc_tokens: int, max_prompt_tokens: int):
         self.tokenizer = tokenizer
         self.max_doc_tokens, self.max_prompt_tokens = max_doc_tokens, max_prompt_tokens
-        self._plain_added = [token.content
-                             for token in tokenizer.added_tokens_decoder.values()
+        added = tokenizer.added_tokens_decoder.values()
+        self._plain_added = [token.content for token in added
                              if not token.special and not token.content.isspace()]
         self._known: dict[str, list[int]] = {}
         self._frames = functools.lru_cache(maxsize=256)(self._encode_frame)
@@ -1241,25 +1241,24 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[t
             return sample_tokens(logits, uniforms[rows, step], temperature, top_p)
 
         decode = decode_shared if shared else decode_rows
-        done = decode(model, [prompts[b] for b in wave], n_answers, max_new_tokens, end_ids, draw)
-        for place, b in enumerate(wave):
-            answers[b] = done[place * n_answers : (place + 1) * n_answers]
+        rows = decode(model, [prompts[b] for b in wave], n_answers, max_new_tokens, end_ids, draw)
+        for b, tokens in zip(wave, rows.view(len(wave), n_answers, -1).tolist(), strict=True):
+            answers[b] = [cut_answer(ids, end_ids) for ids in tokens]
         if progress is not None:
             progress.update(len(wave) * n_answers)
     return answers
 
 
-def cut_answers(tokens: Tensor, end_ids: Sequence[int]) -> list[list[int]]:
-    """Rows of decoded ids, each up to and including its first end token."""
-    rows, ends = tokens.tolist(), set(end_ids)
-    stops = (next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows)
-    return [row[: stop + 1] for row, stop in zip(rows, stops, strict=True)]
+def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Decoded ids up to and including the first end token."""
+    stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
+    return ids[: stop + 1]
 
 
 def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
     """Run each prompt once. Returns the logits after each (B, V), and the keys and values."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    hidden, kept = [], None
+    hidden, kept = {}, None
     for chunk in plan_passes([len(p) for p in prompts], [[0]] * len(prompts), max_tokens, True):
         chunk = sorted(b for b, _ in chunk)
         row = PackedRow([(len(prompts[b]), []) for b in chunk], keep=True)
@@ -1268,17 +1267,19 @@ def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
         states = decoder(input_ids=ids[None], position_ids=torch.cat(positions)[None],
                          use_cache=False, shared=row).last_hidden_state[0]
         ends = np.cumsum([len(prompts[b]) for b in chunk]) - 1
-        hidden += zip(chunk, states[torch.from_numpy(ends).to(states.device)], strict=True)
+        hidden |= zip(chunk, states[torch.from_numpy(ends).to(states.device)], strict=True)
         kept = kept or [[None] * len(prompts) for _ in row.kept]
         for layer, pairs in zip(kept, row.kept, strict=True):
             for b, (k, v) in zip(chunk, pairs, strict=True):
                 layer[b] = (k.clone(), v.clone())
-    states = torch.stack([state for _, state in sorted(hidden, key=lambda item: item[0])])
-    return head(states), kept
+    return head(torch.stack([hidden[b] for b in range(len(prompts))])), kept
 
 
-def decode_shared(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> list[list[int]]:
-    """Decode with every prompt prefilled and cached once, dropping answers as they end."""
+def decode_shared(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Tensor:
+    """Decode with every prompt prefilled and cached once, dropping answers as they end.
+
+    Returns tokens (R, max_new_tokens); what stands behind an answer's end token means nothing.
+    """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     logits, kept = prefill(model, prompts)
     cache = DecodingCache(kept, n_answers)
@@ -1305,7 +1306,7 @@ def decode_shared(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> l
                          shared=cache).last_hidden_state
         cache.length += 1
         logits = head(states[:, 0])
-    return cut_answers(tokens, end_ids)
+    return tokens
 
 
 def compact_slots(live: Tensor) -> Tensor:
@@ -1320,7 +1321,7 @@ def compact_slots(live: Tensor) -> Tensor:
     return order[counts > 0, : int(counts.max())]
 
 
-def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> list[list[int]]:
+def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Tensor:
     """The plain way, for any architecture: every answer has its own copy of the prompt's cache."""
     rows = [torch.tensor(prompt) for prompt in prompts for _ in range(n_answers)]
     pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
@@ -1342,7 +1343,7 @@ def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> lis
             break
         ids, positions = new[:, None], positions[:, -1:] + 1
         mask = F.pad(mask, (0, 1), value=1)
-    return cut_answers(tokens, end_ids)
+    return tokens
 
 
 # --- Data: training rows --------------------------------------------------------------------------
@@ -1485,25 +1486,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
     """Write a folder that AutoModelForCausalLM.from_pretrained and vLLM open, with meta.json."""
     with new_folder(folder) as temporary:
-        write_model_files(model, tokenizer, temporary, meta)
-
-
-def write_model_files(model, tokenizer, folder: Path, meta: dict) -> None:
-    """The files of save_model, into a folder that exists."""
-    dtype = model.config.dtype
-    model.config.dtype = getattr(model, "stored_dtype", dtype)
-    model.save_pretrained(folder, state_dict=plain_state_dict(model))
-    model.config.dtype = dtype
-    tokenizer.save_pretrained(folder)
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    (folder / "meta.json").write_text(text, "utf-8")
+        dtype = model.config.dtype
+        model.config.dtype = getattr(model, "stored_dtype", dtype)
+        model.save_pretrained(temporary, state_dict=plain_state_dict(model))
+        model.config.dtype = dtype
+        tokenizer.save_pretrained(temporary)
+        text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+        (temporary / "meta.json").write_text(text, "utf-8")
 
 
 def publish_model(model, tokenizer, out: Path, meta: dict) -> None:
     """Write the final model into the run's own folder, file by file, meta.json last."""
     staged = out / "final.tmp"
-    with new_folder(staged) as temporary:
-        write_model_files(model, tokenizer, temporary, meta)
+    save_model(model, tokenizer, staged, meta)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "meta.json"):
         path.replace(out / path.name)
     staged.rmdir()
@@ -1801,14 +1796,17 @@ def keep_best(job: Job, stage: str, step: int, n_steps: int) -> None:
         save_model(job.model, job.tokenizer, job.out / "best", meta)
 
 
+# Settings that a model brings with it: --rerank takes them from meta.json unless they are given.
+LIMITS = ("docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
+
+
 def describe_model(job: Job, stage: str, step: int, numbers: dict | None = None) -> dict:
     """meta.json: what --rerank needs to ask the model as it was trained, and where it came from."""
-    cfg = job.cfg
     return {"stage": stage, "step": step, "metrics": numbers or {},
             "prompt": dataclasses.asdict(job.prompt), "prompt_hash": job.prompt.hash,
-            "docs_per_group": cfg.docs_per_group, "max_doc_tokens": cfg.max_doc_tokens,
-            "max_prompt_tokens": cfg.max_prompt_tokens, "max_new_tokens": cfg.max_new_tokens,
-            "config": dataclasses.asdict(cfg), "command": sys.argv[1:], "versions": provenance()}
+            **{name: getattr(job.cfg, name) for name in LIMITS},
+            "config": dataclasses.asdict(job.cfg), "command": sys.argv[1:],
+            "versions": provenance()}
 
 
 # --- SFT cold start (Eq. 3) -----------------------------------------------------------------------
@@ -1991,11 +1989,10 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
             tolerance = 1e-6 if job.machine.dtype == torch.float32 else 1e-2
             assert numbers["kl"] <= tolerance, f"KL {numbers['kl']} before the first step"
     if step % 10 == 0:
+        first_two = list(zip(batch.items, batch.texts, batch.rewards, strict=True))[:2]
         job.log.sample("grpo", step + 1, [
             {"id": item.id, "text": texts[0], "reward": dataclasses.asdict(rewards[0])}
-            for item, texts, rewards in list(
-                zip(batch.items, batch.texts, batch.rewards, strict=True))[:2]
-        ])
+            for item, texts, rewards in first_two])
     seconds = time.perf_counter() - started
     n_tokens = sum(len(i.prompt) for i in batch.items)
     n_tokens += sum(len(c) for row in batch.completions for c in row)
@@ -2621,8 +2618,7 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     meta = {}
     if given.get("model") and meta_file.is_file():
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
-    limits = ("docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
-    cfg = Config(**({name: meta[name] for name in limits if name in meta} | given))
+    cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
     prompt = Prompt(**meta["prompt"]) if "prompt" in meta else Prompt()
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
