@@ -1323,10 +1323,10 @@ def compact_slots(live: Tensor) -> Tensor:
 
 def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Tensor:
     """The plain way, for any architecture: every answer has its own copy of the prompt's cache."""
-    rows = [torch.tensor(prompt) for prompt in prompts for _ in range(n_answers)]
-    pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     device = model.device
-    ids, mask = pad_left(rows).to(device), pad_left([torch.ones_like(r) for r in rows]).to(device)
+    prompts = [torch.tensor(p, device=device) for p in prompts for _ in range(n_answers)]
+    pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = pad_left(prompts), pad_left([torch.ones_like(p) for p in prompts])
     rows, cache = torch.arange(len(ids), device=device), None
     live = torch.ones_like(rows, dtype=torch.bool)
     tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
@@ -1524,16 +1524,10 @@ def provenance() -> dict:
 
 
 def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
-    """Write OUT/checkpoints/NAME.pt through a temporary name; the oldest beyond `keep` go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.tmp"
-    with open(temporary, "wb") as file:
+    """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go."""
+    with evaluate.open_atomic(folder / f"{name}.pt", "wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / f"{name}.pt")
-    states = sorted(folder.glob(f"{name.split('-')[0]}-*.pt"))
-    for old in states[:-keep]:
+    for old in sorted(folder.glob(f"{name.split('-')[0]}-*.pt"))[:-keep]:
         old.unlink()
 
 
@@ -2243,8 +2237,7 @@ class LocalModel:
 
     def __init__(self, model, tokenizer, machine: Machine, cfg: Config):
         self.model, self.tokenizer, self.machine = model.eval(), tokenizer, machine
-        self.max_new_tokens = cfg.max_new_tokens
-        self.cache_gib = cache_budget_gib(cfg, machine)
+        self.max_new_tokens, self.cache_gib = cfg.max_new_tokens, cache_budget_gib(cfg, machine)
         self.encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
                                      max_prompt_tokens=fit_context(model, cfg))
         self.shared = not supports_shared_prompt(model) and cfg.shared_prompt
@@ -2306,7 +2299,7 @@ class Endpoint:
         for attempt in range(self.tries):
             wait_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
             try:
-                return read_completion(post_json(self.url, body, self.cfg.timeout_s))
+                return self.post(body)
             except urllib.error.HTTPError as error:
                 with error:
                     detail = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
@@ -2323,27 +2316,21 @@ class Endpoint:
                 time.sleep(wait_s)
         return Completion("", error=f"{detail} ({self.tries} tries)")
 
-
-def post_json(url: str, body: dict, timeout_s: float) -> dict:
-    """POST a JSON object and read the JSON answer; the key comes from OPENAI_API_KEY."""
-    headers = {"Content-Type": "application/json"}
-    key = os.environ.get("OPENAI_API_KEY")
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=timeout_s) as response:
-        return json.loads(response.read())
-
-
-def read_completion(answer: dict) -> Completion:
-    """The text and token counts of a chat.completion object; raises where it is not one."""
-    choice, usage = answer["choices"][0], answer.get("usage") or {}
-    text = choice["message"].get("content") or ""
-    if not isinstance(text, str):
-        raise TypeError("the answer's content is not text")
-    return Completion(text, choice.get("finish_reason") == "length",
-                      int(usage.get("prompt_tokens") or 0),
-                      int(usage.get("completion_tokens") or 0))
+    def post(self, body: dict) -> Completion:
+        """Send one request; the key comes from OPENAI_API_KEY. Raises where the answer is none."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.cfg.timeout_s) as response:
+            answer = json.loads(response.read())
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        text = choice["message"].get("content") or ""
+        if not isinstance(text, str):
+            raise TypeError("the answer's content is not text")
+        n_prompt, n_answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        truncated = choice.get("finish_reason") == "length"
+        return Completion(text, truncated, int(n_prompt or 0), int(n_answer or 0))
 
 
 @dataclass
