@@ -8,8 +8,8 @@ Needs numpy and tqdm only. For GroupRank (arXiv 2511.11653v3) and for any other 
     python evaluate.py --qrels data/biology/qrels/test.tsv --run a.run --paper bright
     python evaluate.py --plot runs/demo/metrics.jsonl --out curves.png
 
-Sections: errors and outputs - measures - ties - run and qrels files - collections - BM25 -
-evaluating runs - comparing runs - the paper's benchmarks - pictures - tables - command line.
+Sections: errors and outputs - measures and ties - files - BM25 - evaluating and comparing runs -
+the paper's benchmarks - pictures - command line.
 
 Choices; each is trec_eval's convention unless it says otherwise:
  1. Order: score descending, then document id descending, as bytes. Scores are compared as float32,
@@ -29,7 +29,6 @@ import collections
 import contextlib
 import dataclasses
 import gzip
-import importlib
 import itertools
 import json
 import math
@@ -37,7 +36,6 @@ import operator
 import os
 import re
 import sys
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +47,7 @@ from tqdm import tqdm
 def run_cli(main):
     """Run `main()`; a user's mistake becomes one line `error: ...` and exit status 2, no traceback.
 
-    Mistakes are ValueError, OSError and the ImportError of an optional package. Anything else is
-    our fault and keeps its traceback; GROUPRANK_TRACEBACK=1 shows all of them.
+    Mistakes are ValueError, OSError and the ImportError of an optional package.
     """
     try:
         main()
@@ -61,20 +58,18 @@ def run_cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("GROUPRANK_TRACEBACK"):
-            raise
-        from_system = isinstance(error, OSError) and error.filename and error.strerror
-        message = f"{error.filename}: {error.strerror}" if from_system else str(error)
+        message = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, ModuleNotFoundError) and error.name:
+            message = f"{error}: pip install {error.name.partition('.')[0]}"
         print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
 
 @contextlib.contextmanager
 def open_atomic(path, mode="w"):
-    """Open a file for writing that appears under its name when it is complete, or not at all.
-
-    Written beside `path` under a temporary name, flushed to disk, renamed. Text: UTF-8, "\\n".
-    """
+    """Open a file (text: UTF-8) that appears under its name when it is complete, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -96,7 +91,7 @@ def refuse_overwrite(path, overwrite=False):
         raise ValueError(f"{path} exists; choose another name or add --overwrite")
 
 
-# --- Measures -------------------------------------------------------------------------------------
+# --- Measures and ties ----------------------------------------------------------------------------
 # One formula each; every function works when pasted alone (import numpy as np, math).
 # ranked_grades: grades in the order of the ranking, unjudged documents 0; lists, arrays or tensors.
 # judged_grades: all judged grades of the query, in any order. k=None: the whole list.
@@ -107,8 +102,7 @@ def ndcg(ranked_grades, judged_grades, k=10, *, exponential=False):
 
     NDCG@k = DCG@k / ideal DCG@k,  DCG@k = sum_{i=1..k} gain_i / log2(i + 1)
 
-    gain = max(grade, 0), or 2^max(grade, 0) - 1 if `exponential`. The ideal ranks all
-    `judged_grades`, retrieved or not. Linear in the gains of the ranking: see `tie_averaged`.
+    gain = max(grade, 0), or 2^max(grade, 0) - 1 if `exponential`; ideal: `judged_grades`, sorted.
     """
 
     def dcg(grades):
@@ -122,9 +116,8 @@ def ndcg(ranked_grades, judged_grades, k=10, *, exponential=False):
 
 def recall(ranked_grades, judged_grades, k=None, *, level=1):
     """recall@k = relevant among the first k / all relevant (grade >= level); none relevant: 0.0."""
-    relevant = len([grade for grade in judged_grades if grade >= level])
     found = len([grade for grade in ranked_grades[:k] if grade >= level])
-    return found / relevant if relevant else 0.0
+    return found / max(len([grade for grade in judged_grades if grade >= level]), 1)
 
 
 def precision(ranked_grades, k=None, *, level=1):
@@ -137,7 +130,7 @@ def average_precision(ranked_grades, judged_grades, k=None, *, level=1):
     """AP@k = sum of P@i over the relevant ranks i <= k / all relevant; none relevant: 0.0."""
     relevant = len([grade for grade in judged_grades if grade >= level])
     hits = [rank for rank, grade in enumerate(ranked_grades[:k], start=1) if grade >= level]
-    return sum(n / rank for n, rank in enumerate(hits, start=1)) / relevant if relevant else 0.0
+    return sum(n / rank for n, rank in enumerate(hits, start=1)) / max(relevant, 1)
 
 
 def reciprocal_rank(ranked_grades, k=None, *, level=1):
@@ -146,56 +139,36 @@ def reciprocal_rank(ranked_grades, k=None, *, level=1):
     return 1.0 / next(hits, math.inf)
 
 
-def success(ranked_grades, k=None, *, level=1):
-    """success@k = 1.0 if one of the first k has grade >= level, else 0.0."""
-    return float(any(grade >= level for grade in ranked_grades[:k]))
-
-
-def judged(ranked_flags, k=None):
-    """judged@k = share of the first k retrieved that are judged (flag true); nothing: 0.0."""
-    flags = [bool(flag) for flag in ranked_flags[:k]]
-    return sum(flags) / max(len(flags), 1)
-
-
 def rank_biased_overlap(ranking_a, ranking_b, p=0.9):
     """Rank-biased overlap of two finite rankings, extrapolated: RBO_ext (Webber et al., Eq. 32).
 
     (1-p)/p (sum_{d<=l} X_d/d p^d + sum_{s<d<=l} X_s (d-s)/(s d) p^d) + ((X_l - X_s)/l + X_s/s) p^l
 
     X_d: documents that both have in their first d; s <= l: the two lengths. In [0, 1]: 1 for equal
-    lists (also two empty ones), 0 for disjoint ones. On two orders of the same documents it never
-    reaches 0. The first 10 ranks hold 86 % of the weight at p 0.9. ValueError if one repeats.
+    lists (also two empty ones), 0 for disjoint ones; never 0 for two orders of the same documents.
     """
-    a, b = list(ranking_a), list(ranking_b)
-    if not 0.0 < p < 1.0 or len(set(a)) < len(a) or len(set(b)) < len(b):
+    rank_a = {document: rank for rank, document in enumerate(ranking_a, start=1)}
+    rank_b = {document: rank for rank, document in enumerate(ranking_b, start=1)}
+    if not 0.0 < p < 1.0 or len(rank_a) < len(ranking_a) or len(rank_b) < len(ranking_b):
         raise ValueError(f"rank-biased overlap needs 0 < p < 1 (got {p}) and no repeated document")
-    s, l = sorted((len(a), len(b)))  # noqa: E741  (Webber's letters)
+    s, l = sorted((len(rank_a), len(rank_b)))  # noqa: E741  (Webber's letters)
     if s == 0:
         return float(l == 0)
-    seen_a, seen_b, x = set(), set(), [0]  # x[d] is X_d
-    for d in range(l):
-        x.append(x[-1] + sum(document in seen_b for document in a[d : d + 1]))
-        seen_a.update(a[d : d + 1])
-        x[-1] += sum(document in seen_a for document in b[d : d + 1])
-        seen_b.update(b[d : d + 1])
-    agreement = sum(x[d] / d * p**d for d in range(1, l + 1))
-    agreement += sum(x[s] * (d - s) / (s * d) * p**d for d in range(s + 1, l + 1))
-    return min(1.0, (1 - p) / p * agreement + ((x[l] - x[s]) / l + x[s] / s) * p**l)
-
-
-# --- Ties -----------------------------------------------------------------------------------------
+    both_from = [max(rank_a[doc], rank_b[doc]) for doc in rank_a.keys() & rank_b.keys()]
+    x = np.cumsum(np.bincount(np.array(both_from, dtype=int), minlength=l + 1))  # (l + 1,): X_d
+    d = np.arange(1, l + 1)
+    agreement = (x[1:] / d + x[s] * np.maximum(d - s, 0) / (s * d)) @ p**d
+    value = (1 - p) / p * agreement + ((x[l] - x[s]) / l + x[s] / s) * p**l
+    return min(1.0, float(value))
 
 
 def tie_averaged(scores, values):
     """`values` in descending order of `scores`, each run of equal scores replaced by its mean.
 
     DCG, recall and precision are linear in the values (gains; relevance 0 or 1), so the measure of
-    averaged values is exactly the expectation over all orders of the ties:
+    averaged values is exactly the expectation over all orders of the ties, for example
 
-        expected NDCG@k   = ndcg(tie_averaged(scores, gains), gains, k)
-        expected recall@k = sum(tie_averaged(scores, relevant)[:k]) / sum(relevant)
-
-    N scores and N values in, a list of N floats out; the order of the documents does not matter.
+        expected NDCG@k = ndcg(tie_averaged(scores, gains), gains, k)
     """
     pairs = sorted((-float(score), float(v)) for score, v in zip(scores, values, strict=True))
     averaged = []
@@ -206,10 +179,7 @@ def tie_averaged(scores, values):
 
 
 def as_float32(scores):
-    """The scores of {id: score} as float32, (N,), in the dict's order; ValueError on nan and inf.
-
-    Finite scores beyond float32 become infinite and tie, as they do in trec_eval.
-    """
+    """The scores of {id: score} as float32, (N,); beyond its range they become infinite and tie."""
     values = np.fromiter(scores.values(), dtype=np.float64, count=len(scores))
     if not np.isfinite(values).all():
         bad = next(doc for doc, score in scores.items() if not math.isfinite(score))
@@ -221,13 +191,15 @@ def as_float32(scores):
 def sort_run(scores, ties="trec_eval"):
     """Document ids of {id: score}, best first: float32 score descending, then id descending.
 
-    Ids are compared as UTF-8 bytes, which is the order of code points, Python's own. With
-    ties="first-stage", equal scores keep the order of the dict.
+    Ids compare as bytes (of UTF-8: the order of code points, Python's own). With
+    ties="first-stage", equal scores keep the order of the dict. ValueError on nan and inf.
     """
     values, ids = as_float32(scores), list(scores)
-    if ties == "first-stage":
-        return [ids[i] for i in np.argsort(-values, kind="stable")]
-    return [doc for _, doc in sorted(zip(values.tolist(), ids, strict=True), reverse=True)]
+    order = np.argsort(-values, kind="stable")
+    ranked = values[order]
+    if ties == "trec_eval" and (ranked[1:] == ranked[:-1]).any():
+        return [doc for _, doc in sorted(zip(values.tolist(), ids, strict=True), reverse=True)]
+    return [ids[i] for i in order.tolist()]
 
 
 def minmax(values):
@@ -239,7 +211,7 @@ def minmax(values):
     return [(number - low) / (high - low) if high > low else 0.0 for number in numbers]
 
 
-# --- Run and qrels files --------------------------------------------------------------------------
+# --- Files: runs, qrels, BEIR folders -------------------------------------------------------------
 
 RUN_LINE = [  # a line of more than six words: the id takes as many of them as it can, or as few
     re.compile(rf"(\S+)\s+(\S+)\s+(\S.*{lazy})\s+([-+]?\d+)\s+([-+.\deE]+)\s+(\S.*)", re.ASCII)
@@ -267,32 +239,22 @@ def split_fields(line):
     return line.split() if line.isascii() else re.split(r"[ \r\n]+", line.strip(" \r\n"))
 
 
-def read_json_table(path):
-    """{query id: {document id: number}} of a JSON file; None if the file is not a JSON object."""
-
-    def unique(pairs):  # a plain load would hide repeated ids
-        if len(mapping := dict(pairs)) < len(pairs):
-            repeated = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"id {repeated} appears twice")
-        return mapping
-
-    with numbered_lines(path) as lines:
-        first = next((line for line in lines if line.strip()), "")
-        if not first.lstrip().startswith("{"):
-            return None
-        table = json.loads(first + "".join(lines), object_pairs_hook=unique)
-        for qid, row in table.items():
-            for doc, value in row.items() if isinstance(row, dict) else [("?", row)]:
-                if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-                    raise ValueError(f"query {qid}, document {doc}: {value!r} is no finite number")
-    return table
+def _json_as_lines(lines, form):
+    """`lines`; or if they are JSON {qid: {docid: number}}, a line of `form` for each number."""
+    first, entries = next(filter(str.strip, lines), ""), []
+    if not first.lstrip().startswith("{"):
+        return itertools.chain([first], lines)
+    for qid, row in json.loads(first + "".join(lines), object_pairs_hook=tuple):  # repeated ids too
+        for doc, value in row if isinstance(row, tuple) else [("?", row)]:
+            if type(value) not in (int, float):
+                raise ValueError(f"query {qid}, document {doc}: {value!r} is not a number")
+            entries.append(form.format(qid, doc, value))
+    return entries
 
 
 def _split_run_line(line, last_tag):
     """The six fields of a line with more words; the tag of the last line settles two readings."""
-    fields = [field.strip() for field in line.strip(" \r\n").split("\t", 5)]
-    fields = fields if len(fields) == 6 else re.split(r"\s+", line.strip(), flags=re.ASCII)
-    if len(fields) == 6:
+    if len(fields := split_fields(line)) == 6:
         return fields
     readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(line.strip()))}
     if len(readings) > 1:
@@ -306,14 +268,11 @@ def read_run(path):
     """Read a run {query id: {document id: score}}, in the order of the file.
 
     TREC lines `qid Q0 docid rank score tag`, by tabs or spaces, plain or gzip; or the dict as JSON.
-    Ids and tags may hold spaces where the line stays decidable. ValueError, naming file, line and
-    ids, on malformed lines, scores that are not finite, and documents listed twice.
+    Ids and tags may hold spaces where the line stays decidable. ValueErrors name file, line and id.
     """
-    table = read_json_table(path)
-    run = {qid: {doc: float(s) for doc, s in row.items()} for qid, row in (table or {}).items()}
-    last, tag = None, None
+    run, last, tag = {}, None, None
     with numbered_lines(path) as lines:
-        for line in lines if table is None else ():
+        for line in _json_as_lines(lines, "{}\tQ0\t{}\t0\t{}\tjson"):
             fields = line.split()
             if len(fields) != 6:
                 if not fields:
@@ -326,34 +285,29 @@ def read_run(path):
                 raise ValueError(f"query {qid} lists document {doc} a second time")
             scores[doc] = value = float(score)
             if value - value != 0.0:  # nan, as inf - inf is (this loop runs a million times)
-                raise ValueError(f"score {score} is not a finite number")
+                raise ValueError(f"query {qid}, document {doc}: {score} is not a finite number")
     if not run:
         raise ValueError(f"{path}: the run is empty")
     return run
 
 
 def strictly_decreasing(scores):
-    """float32 numbers near `scores` that decrease strictly: s_i = min(score_i, next below s_{i-1}).
-
-    A list that decreases already is only rounded. ValueError on numbers that float32 cannot hold.
-    """
-    result = []
+    """Strictly decreasing float32 numbers near `scores`: s_i = min(score_i, next below s_{i-1})."""
+    result, limit = [], np.float32(np.inf)
     for score in scores:
         with np.errstate(over="ignore"):
-            value = np.float32(score)
-        if result:
-            value = min(value, np.nextafter(np.float32(result[-1]), np.float32(-np.inf)))
+            value = min(np.float32(score), limit)
         if not (np.isfinite(value) and math.isfinite(score)):
             raise ValueError(f"score {score} does not fit into float32")
         result.append(float(value))
+        limit = np.nextafter(value, np.float32(-np.inf))
     return result
 
 
 def write_run(path, rankings, tag="grouprank"):
     """Write {query id: [(document id, score), ...]}, best first, as a TREC run in this order.
 
-    Scores are made `strictly_decreasing` and written with all digits, so that every evaluator sees
-    this order. Spaces separate the columns, or tabs if an id holds a space.
+    Scores are made `strictly_decreasing`. Spaces separate the columns, tabs if an id holds a space.
     """
     names = [tag, *rankings, *(doc for ranking in rankings.values() for doc, _ in ranking)]
     if bad := [name for name in names if not name.strip() or re.search(r"[\t\r\n]", name)]:
@@ -372,19 +326,14 @@ def read_qrels(path):
     """Read judgements {query id: {document id: grade}}, grades as integers.
 
     TREC lines `qid 0 docid grade`, or BEIR's three columns with header, by tabs or spaces, plain or
-    gzip; or that dict as JSON. Raises ValueError, naming the line, on anything else and on two
-    different grades for one document.
+    gzip; or that dict as JSON. ValueErrors name file and line.
     """
-    table, qrels, n_columns = read_json_table(path), {}, None
+    qrels, n_columns = {}, None
     with numbered_lines(path) as lines:
-        rows = ([q, doc, str(n)] for q, row in (table or {}).items() for doc, n in row.items())
-        for fields in rows if table is not None else map(split_fields, lines):
-            if not any(fields):
+        for fields in filter(any, map(split_fields, _json_as_lines(lines, "{}\t0\t{}\t{}"))):
+            n_columns = n_columns or min(len(fields), 4)  # the first line tells three from four
+            if fields[0] in ("query-id", "query_id", "q_id", "qid"):
                 continue
-            if n_columns is None:  # the first line tells three columns from four
-                n_columns = min(len(fields), 4)
-                if fields[0] in ("query-id", "query_id", "q_id", "qid"):
-                    continue
             doc, grade = " ".join(fields[n_columns - 2 : -1]), fields[-1]
             if n_columns < 3 or len(fields) < n_columns or not grade.lstrip("+-").isdecimal():
                 raise ValueError(f"not `qid 0 docid grade` or `qid docid grade`: {fields}")
@@ -393,9 +342,6 @@ def read_qrels(path):
     if not qrels:
         raise ValueError(f"{path}: no judgement in the file")
     return qrels
-
-
-# --- Collections: BEIR folders --------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -411,12 +357,11 @@ class Collection:
 def read_jsonl(path):
     """Yield the dicts of a file of JSON lines, plain or gzip; ValueError names the bad line."""
     with numbered_lines(path) as lines:
-        for line in lines:
-            row = json.loads(line) if line.strip() else {}
+        for line in filter(str.strip, lines):
+            row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
-            if row:
-                yield row
+            yield row
 
 
 def _read_texts(path):
@@ -438,14 +383,12 @@ def _read_texts(path):
 
 
 def read_excluded(path):
-    """Read excluded.tsv (query-id, tab, corpus-id; a header is skipped): {qid: {docid, ...}}."""
+    """Read excluded.tsv, `query-id TAB corpus-id` with or without header: {qid: {docid, ...}}."""
     excluded = {}
     with numbered_lines(path) as lines:
-        for fields in filter(any, map(split_fields, lines)):
-            if len(fields) != 2:
-                raise ValueError(f"not `query-id TAB corpus-id`: {fields}")
-            if fields[0] != "query-id":
-                excluded.setdefault(fields[0], set()).add(fields[1])
+        for qid, doc in map(split_fields, filter(str.strip, lines)):
+            excluded.setdefault(qid, set()).add(doc)
+    excluded.pop("query-id", None)
     return excluded
 
 
@@ -456,14 +399,13 @@ def read_collection(folder, queries=None, split="test"):
     ValueError, naming file, line or id, on missing files or keys, repeated ids and empty texts.
     """
     folder = Path(folder)
-    corpus, excluded = folder / "corpus.jsonl", folder / "excluded.tsv"
+    corpus, excluded, judged = (folder / name for name in ("corpus.jsonl", "excluded.tsv", "qrels"))
     texts = folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")
-    judged = [folder / "qrels" / f"{split}.tsv"] if (folder / "qrels").is_dir() else []
-    for needed in (corpus, texts, *judged):
+    for needed in (corpus, texts):
         if not needed.is_file():
-            files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.[jt]s*"))
-            raise ValueError(f"{needed} is missing; {folder} has {', '.join(files[:9]) or 'none'}")
-    qrels = read_qrels(*judged) if judged else {}
+            files = ", ".join(sorted(file.name for file in folder.glob("*.json*")))
+            raise ValueError(f"{needed} is missing; {folder} has {files or 'none'}")
+    qrels = read_qrels(judged / f"{split}.tsv") if judged.is_dir() else {}
     exclusions = read_excluded(excluded) if excluded.exists() else {}
     return Collection(_read_texts(corpus), _read_texts(texts), qrels, exclusions)
 
@@ -483,11 +425,10 @@ def write_lines(path, rows):
 def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"):
     """Write a BEIR folder that `read_collection` reads back; files that are there are replaced.
 
-    corpus: {id: text} or {id: (title, text)}, or an iterator of such pairs (any size);
-    queries: {id: text}; qrels: {qid: {docid: grade}}; excluded: {qid: docids}.
+    corpus: {id: text or (title, text)}; queries: {id: text}; qrels: {qid: {docid: grade}};
+    excluded: {qid: docids}.
     """
-    pairs = corpus.items() if isinstance(corpus, dict) else corpus
-    titled = ((doc, ("", text) if isinstance(text, str) else text) for doc, text in pairs)
+    titled = ((doc, ("", t) if isinstance(t, str) else t) for doc, t in corpus.items())
     documents = ({"_id": doc, "title": title, "text": text} for doc, (title, text) in titled)
     grades = ((qid, doc, grade) for qid, docs in qrels.items() for doc, grade in docs.items())
     write_lines(f"{folder}/corpus.jsonl", documents)
@@ -513,16 +454,15 @@ class BM25:
     score(q, d) = sum over words t of q: idf(t) tf / (tf + k1 (1 - b + b |d| / mean |d|))
     idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
 
-    k1 0.9 and b 0.4 are Anserini's, and BRIGHT's baseline has them too (with stemming: figures
-    differ a little). A word that the query repeats counts each time. The weight of a (word,
-    document) pair is computed when indexing, so that a query only adds slices of it up.
+    k1 0.9 and b 0.4 are Anserini's. A word that the query repeats counts each time. Weights of all
+    (word, document) pairs are computed when indexing; a query only adds slices of them up.
     """
 
     def __init__(self, texts, k1=0.9, b=0.4):
         self.vocabulary = collections.defaultdict()
         self.vocabulary.default_factory = self.vocabulary.__len__  # a new word gets the next number
         n_stop = len([self.vocabulary[word] for word in STOP_WORDS.split()])
-        words, counts = array("i"), []
+        words, counts = [], []
         for text in texts:
             found = WORD.findall(text.lower())
             words.extend(map(self.vocabulary.__getitem__, found))
@@ -530,7 +470,6 @@ class BM25:
         if not counts:
             raise ValueError("BM25 needs at least one document")
         self.vocabulary.default_factory, self.n_docs = None, len(counts)
-
         words = np.array(words, dtype=np.int64)  # (T,)
         docs = np.repeat(np.arange(self.n_docs), counts)[words >= n_stop]
         lengths = np.bincount(docs, minlength=self.n_docs)
@@ -554,10 +493,7 @@ class BM25:
         return scores
 
     def search(self, query, k):
-        """The best min(k, N) documents: (numbers, scores), best first, equal scores by number.
-
-        Documents without a shared word have score 0 and come last; k < 1 is a ValueError.
-        """
+        """The best min(k, N) documents: (numbers, scores), best first, equal scores by number."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         scores, k = self.scores(query), min(k, self.n_docs)
@@ -567,52 +503,26 @@ class BM25:
         return best, scores[best]
 
 
-# --- Evaluating runs ------------------------------------------------------------------------------
+# --- Evaluating and comparing runs ----------------------------------------------------------------
 
-MEASURES = {  # name -> f(ranked grades, ranked flags, judged grades, k, level, exponential)
-    "ndcg": lambda g, f, j, k, level, exponential: ndcg(g, j, k, exponential=exponential),
-    "recall": lambda g, f, j, k, level, exponential: recall(g, j, k, level=level),
-    "p": lambda g, f, j, k, level, exponential: precision(g, k, level=level),
-    "map": lambda g, f, j, k, level, exponential: average_precision(g, j, k, level=level),
-    "mrr": lambda g, f, j, k, level, exponential: reciprocal_rank(g, k, level=level),
-    "success": lambda g, f, j, k, level, exponential: success(g, k, level=level),
-    "judged": lambda g, f, j, k, level, exponential: judged(f, k),
+MEASURES = {  # name -> f(ranked grades, judged grades, k, level, exponential)
+    "ndcg": lambda g, j, k, level, exponential: ndcg(g, j, k, exponential=exponential),
+    "recall": lambda g, j, k, level, exponential: recall(g, j, k, level=level),
+    "p": lambda g, j, k, level, exponential: precision(g, k, level=level),
+    "map": lambda g, j, k, level, exponential: average_precision(g, j, k, level=level),
+    "mrr": lambda g, j, k, level, exponential: reciprocal_rank(g, k, level=level),
+    "success": lambda g, j, k, level, exponential: float(reciprocal_rank(g, k, level=level) > 0),
 }
+METRIC = re.compile(r"(ndcg|recall|p|map|mrr|success|judged)(?:@0*([1-9]\d*))?|rbo(?:@(0?\.\d+))?")
 
 
 def parse_metric(text):
     """("ndcg", 10) of "ndcg@10"; (name, None) without cut-off; ("rbo", p) of "rbo@0.9"."""
-    name, _, cut = text.lower().partition("@")
-    try:
-        if name == "rbo" and 0 < float(cut or 0.9) < 1:
-            return name, float(cut or 0.9)
-        if name in MEASURES and (not cut or int(cut) > 0):
-            return name, int(cut) if cut else None
-    except ValueError:
-        pass
-    raise ValueError(f"unknown metric {text!r}; there are {', '.join(MEASURES)} (@k) and rbo (@p)")
-
-
-def rank_judged(scores, judgements, ties="trec_eval"):
-    """Grades (N,) of a ranking by score, 0 if unjudged, and flags (N,), 1 if judged; two lists.
-
-    A judged document's rank is the number of documents above it, plus its place within its tie:
-    counting beats sorting, because document ids matter inside a tie only.
-    """
-    values, ids = as_float32(scores), None
-    ascending = np.sort(values)
-    grades, flags = [0] * len(values), [0] * len(values)
-    found = {doc: scores[doc] for doc in judgements if doc in scores}
-    own = as_float32(found)
-    above = (len(values) - ascending.searchsorted(own, side="right")).tolist()
-    below = ascending.searchsorted(own, side="left").tolist()
-    for doc, value, rank, n_below in zip(found, own, above, below, strict=True):
-        if len(values) - rank - n_below > 1:  # a tie
-            ids = ids or list(scores)
-            tied = [ids[i] for i in np.flatnonzero(values == value)]
-            rank += (sorted(tied, reverse=True) if ties == "trec_eval" else tied).index(doc)
-        grades[rank], flags[rank] = judgements[doc], 1
-    return grades, flags
+    if not (match := METRIC.fullmatch(text.lower())):
+        raise ValueError(f"unknown metric {text!r}; there are {', '.join(MEASURES)}, judged (@k) "
+                         f"and rbo (@p)")  # fmt: skip
+    name, k, p = match.groups()
+    return (name, int(k) if k else None) if name else ("rbo", float(p or 0.9))
 
 
 def evaluate_run(qrels, run, metrics=("ndcg@10",), *, relevance_level=1, complete=False,
@@ -620,54 +530,48 @@ def evaluate_run(qrels, run, metrics=("ndcg@10",), *, relevance_level=1, complet
     """Each metric of each query: {metric: {query id: value in [0, 1]}}, queries as in the qrels.
 
     Queries that both have, or with `complete` all of the qrels, missing ones 0. ties: "trec_eval"
-    or "first-stage" (order of the run's dict); gain: "linear" or "exponential"; reference: the run
-    that rbo compares with. ValueError on unknown names, a level < 1, scores that are not finite.
+    or "first-stage"; gain: "linear" or "exponential"; reference: the run that rbo compares with.
     """
     if ties not in ("trec_eval", "first-stage") or gain not in ("linear", "exponential"):
         raise ValueError(f"unknown ties {ties!r} or gain {gain!r}")
     if relevance_level < 1:
         raise ValueError(f"the relevance level must be at least 1, got {relevance_level}")
-    parsed = [(metric, *parse_metric(metric)) for metric in metrics]
+    parsed = {metric: parse_metric(metric) for metric in metrics}
     results = {metric: {} for metric in metrics}
-    for qid, judgements in qrels.items():
-        scores = run.get(qid)
-        if not scores and not complete:
-            continue
-        ranked = rank_judged(scores, judgements, ties) if scores else None
-        for metric, name, k in parsed:
-            if not scores:
+    for qid in (qid for qid in qrels if complete or run.get(qid)):
+        judgements, ranking = qrels[qid], sort_run(run.get(qid, {}), ties)
+        grades = [judgements.get(doc, 0) for doc in ranking]
+        for metric, (name, k) in parsed.items():
+            if not ranking:
                 value = 0.0
             elif name == "rbo":
-                other = (reference or {}).get(qid, {})
-                value = rank_biased_overlap(sort_run(scores, ties), sort_run(other, ties), k)
+                other = sort_run((reference or {}).get(qid, {}), ties)
+                value = rank_biased_overlap(ranking, other, k)
+            elif name == "judged":
+                value = precision([doc in judgements for doc in ranking[:k]])
             else:
                 rules = (k, relevance_level, gain == "exponential")
-                value = MEASURES[name](*ranked, judgements.values(), *rules)
+                value = MEASURES[name](grades, judgements.values(), *rules)
             results[metric][qid] = value
     return results
 
 
 def remove_documents(run, excluded=None, identical_ids=False):
-    """(run without excluded documents, their number); the given run is not changed.
-
-    excluded: {qid: {docid, ...}} (BRIGHT); identical_ids: also those named like their query (BEIR).
-    """
-    kept, n_removed = {}, 0
+    """(run without excluded documents and, if `identical_ids`, those named like their query; n)."""
+    kept = {}
     for qid, scores in run.items():
         unwanted = {*(excluded or {}).get(qid, ()), *([qid] if identical_ids else [])}
         kept[qid] = scores
         if unwanted:
             kept[qid] = {doc: s for doc, s in scores.items() if doc not in unwanted}
-        n_removed += len(scores) - len(kept[qid])
-    return kept, n_removed
+    return kept, sum(map(len, run.values())) - sum(map(len, kept.values()))
 
 
 def tie_report(qrels, run, k=10, *, gain="linear", complete=False):
     """What ties decide in NDCG@k: {"k", "slots", "decided", "worst", "expected", "best"}.
 
     slots: the first k ranks of every query that both have; decided: those whose document shares its
-    score with another. NDCG@k is the mean for the worst and the best order of all ties, and the
-    exact expectation over random orders (`tie_averaged`); `complete` as in `evaluate_run`.
+    score with another; NDCG@k for the worst and the best order of all ties, and its expectation.
     """
     queries = [qid for qid in qrels if run.get(qid)]
     n_queries = len(qrels) if complete else len(queries)
@@ -677,23 +581,17 @@ def tie_report(qrels, run, k=10, *, gain="linear", complete=False):
         if gain == "exponential":
             gains = {doc: 2.0**value - 1.0 for doc, value in gains.items()}
         values, ids = as_float32(run[qid]), list(run[qid])
-        last = np.partition(values, -min(k, len(ids)))[-min(k, len(ids))]  # lower ones stay out
+        last = np.sort(values)[-k:][0]  # the score at rank k: lower ones stay out
         top = [(float(values[i]), gains.get(ids[i], 0.0)) for i in np.flatnonzero(values >= last)]
         scores, own = zip(*sorted(top, reverse=True), strict=True)
         shared = collections.Counter(scores)
         report["slots"] += len(scores[:k])
         report["decided"] += sum(shared[score] > 1 for score in scores[:k])
-        best = worst = expected = ndcg(own, gains.values(), k)
-        if len(shared) < len(scores):
-            upwards = sorted(top, key=lambda pair: (-pair[0], pair[1]))
-            worst = ndcg([g for _, g in upwards], gains.values(), k)
-            expected = ndcg(tie_averaged(scores, own), gains.values(), k)
-        for order, value in (("worst", worst), ("expected", expected), ("best", best)):
-            report[order] += value / n_queries
+        upwards = [value for _, value in sorted(top, key=lambda pair: (-pair[0], pair[1]))]
+        orders = {"worst": upwards, "expected": tie_averaged(scores, own), "best": own}
+        for order, ranked in orders.items():
+            report[order] += ndcg(ranked, gains.values(), k) / n_queries
     return report
-
-
-# --- Comparing runs -------------------------------------------------------------------------------
 
 
 def mean(values):
@@ -702,10 +600,7 @@ def mean(values):
 
 
 def t_test_p(t, dof):
-    """Two-sided p-value of Student's t with dof >= 1 degrees of freedom, to about 1e-15.
-
-    1 - A(t|dof), with the finite sums of Abramowitz and Stegun, 26.7.3 (odd) and 26.7.4 (even).
-    """
+    """Two-sided p-value of Student's t, dof >= 1 (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     theta, odd = math.atan(abs(t) / math.sqrt(dof)), dof % 2
     term, total = math.cos(theta) if odd else 1.0, 0.0
     for i in range(odd + 2, dof + 1, 2):
@@ -715,18 +610,17 @@ def t_test_p(t, dof):
     return max(0.0, 1.0 - (2 / math.pi * (theta + area) if odd else area))
 
 
-def compare_runs(values_a, values_b, *, seed=0, samples=10_000):
+def compare_runs(values_a, values_b, *, seed=0):
     """Paired comparison b - a of {query id: value}, over the queries that both have.
 
-    {"queries", "difference", "wins", "ties", "losses", "p_randomisation", "p_t", "interval"}: the
-    two-sided tests of a mean difference of 0 (random signs; Student's t), and the bootstrap
-    percentile interval of 95 % over queries. All equal: both p are 1. One query: p_t is 1.
+    Two-sided tests of a mean difference of 0 (10,000 random signs; Student's t; 1 if all are equal)
+    and the bootstrap's interval of 95 % (10,000 samples).
     """
     d = np.array([values_b[qid] - values_a[qid] for qid in values_a if qid in values_b])  # (n,)
     if (n := len(d)) == 0:
         raise ValueError("the runs have no query in common")
     rng, at_least, means = np.random.default_rng(seed), 1, []  # the observed signs count as one
-    for _ in range(samples // 1000):  # in blocks, for memory
+    for _ in range(10):  # in blocks, for memory
         flipped = rng.choice([-1.0, 1.0], (1000, n)) @ d / n
         at_least += int((np.abs(flipped) >= abs(d.mean()) - 1e-12).sum())
         means.append(d[rng.integers(0, n, (1000, n))].mean(axis=1))
@@ -735,71 +629,68 @@ def compare_runs(values_a, values_b, *, seed=0, samples=10_000):
     low, high = np.percentile(means, [2.5, 97.5])
     wins, losses = int((d > 1e-12).sum()), int((d < -1e-12).sum())
     return {"queries": n, "difference": float(d.mean()), "wins": wins, "ties": n - wins - losses,
-            "losses": losses, "p_randomisation": at_least / (samples // 1000 * 1000 + 1),
+            "losses": losses, "p_randomisation": at_least / 10_001,
             "p_t": t_test_p(t, max(n - 1, 1)), "interval": [float(low), float(high)]}  # fmt: skip
 
 
 # --- The paper's benchmarks -----------------------------------------------------------------------
-# Rows as the data sets' cards and loaders count them, and the NDCG@10 that the paper (v3) publishes
-# for reranking the top 100 of the retriever (DIVER-Retriever-4B). BM25: with GPT-4's rewritten
-# queries on BRIGHT (Table 14), with the original ones on R2MED. For BEIR only means are published.
+# Row counts of the data sets' cards, and NDCG@10 that the paper (v3) publishes for reranking the
+# top 100 of its retriever (DIVER-Retriever-4B), tasks in the same order. BM25 has GPT-4's rewritten
+# queries on BRIGHT (Table 14), original ones on R2MED. For BEIR only means over the five are given.
 
-BENCHMARKS = """
-set task queries documents long BM25 retriever ERank-32B ReasonRank-32B GroupRank-7B GroupRank-32B
-bright biology 103 57359 524 53.6 52.5 55.9 53.9 52.7 59.0
-bright earth_science 116 121249 601 54.1 53.6 55.1 47.6 51.0 57.5
-bright economics 103 50220 516 24.3 33.8 35.2 36.3 33.8 39.2
-bright psychology 101 52835 512 38.7 45.2 44.6 52.6 44.5 50.0
-bright robotics 101 61961 508 18.9 28.4 34.1 36.5 32.1 39.1
-bright stackoverflow 117 107081 1858 27.7 30.4 34.5 34.2 33.9 39.0
-bright sustainable_living 108 60792 554 26.3 35.0 41.2 44.5 38.1 42.7
-bright leetcode 142 413932 - 19.3 13.0 14.1 15.2 16.3 14.3
-bright pony 112 7894 577 17.6 14.7 24.4 14.8 17.3 14.9
-bright aops 111 188002 - 3.9 9.8 12.2 5.5 8.7 12.6
-bright theoremqa_questions 194 188002 - 19.2 42.5 36.7 40.6 40.7 39.0
-bright theoremqa_theorems 76 23839 - 20.8 36.3 45.9 45.3 42.4 48.8
-r2med Biology 103 57359 - 19.19 49.3 - - 56.7 59.5
-r2med Bioinformatics 77 47473 - 21.55 60.4 - - 65.4 69.7
-r2med Medical-Sciences 88 34810 - 19.68 57.9 - - 64.2 66.3
-r2med MedXpertQA-Exam 97 61379 - 0.66 18.6 - - 27.3 28.8
-r2med MedQA-Diag 118 56250 - 2.55 22.6 - - 30.5 41.5
-r2med PMC-Treatment 150 28954 - 23.69 58.7 - - 64.6 67.6
-r2med PMC-Clinical 114 60406 - 21.66 44.1 - - 43.2 52.2
-r2med IIYi-Clinical 129 10449 - 12.02 31.8 - - 30.9 32.7
-beir arguana 1406 8674 - - - - - - -
-beir dbpedia-entity 400 4635922 - - - - - - -
-beir nfcorpus 323 3633 - - - - - - -
-beir nq 3452 2681468 - - - - - - -
-beir scidocs 1000 25657 - - - - - - -
-beir mean - - - - 52.9 - - 46.5 55.1
-"""
-
-
-def benchmark_table(benchmark):
-    """{task: {column: number or None}} of one benchmark in BENCHMARKS."""
-    header, *lines = (line.split() for line in BENCHMARKS.strip().splitlines())
-    rows = {line[1]: line[2:] for line in lines if line[0] == benchmark}
-    number = {"-": None}
-    return {task: {c: number.get(v, v) and float(v) for c, v in zip(header[2:], row, strict=True)}
-            for task, row in rows.items()}  # fmt: skip
-
-
-@contextlib.contextmanager
-def fields_named(name):
-    """Turn the KeyError of a row without an expected field into a ValueError that says so."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"{name}: a row of the data set lacks the field {error}") from None
+SIZES = {  # benchmark: {task: (queries, documents, long documents)}
+    "bright": {
+        "biology": (103, 57359, 524), "earth_science": (116, 121249, 601),
+        "economics": (103, 50220, 516), "psychology": (101, 52835, 512),
+        "robotics": (101, 61961, 508), "stackoverflow": (117, 107081, 1858),
+        "sustainable_living": (108, 60792, 554), "leetcode": (142, 413932, None),
+        "pony": (112, 7894, 577), "aops": (111, 188002, None),
+        "theoremqa_questions": (194, 188002, None), "theoremqa_theorems": (76, 23839, None),
+    },
+    "r2med": {
+        "Biology": (103, 57359, None), "Bioinformatics": (77, 47473, None),
+        "Medical-Sciences": (88, 34810, None), "MedXpertQA-Exam": (97, 61379, None),
+        "MedQA-Diag": (118, 56250, None), "PMC-Treatment": (150, 28954, None),
+        "PMC-Clinical": (114, 60406, None), "IIYi-Clinical": (129, 10449, None),
+    },
+    "beir": {
+        "arguana": (1406, 8674, None), "dbpedia-entity": (400, 4635922, None),
+        "nfcorpus": (323, 3633, None), "nq": (3452, 2681468, None), "scidocs": (1000, 25657, None),
+    },
+}  # fmt: skip
+PUBLISHED = {
+    "bright": {
+        "BM25": [53.6, 54.1, 24.3, 38.7, 18.9, 27.7, 26.3, 19.3, 17.6, 3.9, 19.2, 20.8],
+        "retriever": [52.5, 53.6, 33.8, 45.2, 28.4, 30.4, 35.0, 13.0, 14.7, 9.8, 42.5, 36.3],
+        "ERank-32B": [55.9, 55.1, 35.2, 44.6, 34.1, 34.5, 41.2, 14.1, 24.4, 12.2, 36.7, 45.9],
+        "ReasonRank-32B": [53.9, 47.6, 36.3, 52.6, 36.5, 34.2, 44.5, 15.2, 14.8, 5.5, 40.6, 45.3],
+        "GroupRank-7B": [52.7, 51.0, 33.8, 44.5, 32.1, 33.9, 38.1, 16.3, 17.3, 8.7, 40.7, 42.4],
+        "GroupRank-32B": [59.0, 57.5, 39.2, 50.0, 39.1, 39.0, 42.7, 14.3, 14.9, 12.6, 39.0, 48.8],
+    },
+    "r2med": {
+        "BM25": [19.19, 21.55, 19.68, 0.66, 2.55, 23.69, 21.66, 12.02],
+        "retriever": [49.3, 60.4, 57.9, 18.6, 22.6, 58.7, 44.1, 31.8],
+        "GroupRank-7B": [56.7, 65.4, 64.2, 27.3, 30.5, 64.6, 43.2, 30.9],
+        "GroupRank-32B": [59.5, 69.7, 66.3, 28.8, 41.5, 67.6, 52.2, 32.7],
+    },
+    "beir": {"retriever": 52.9, "GroupRank-7B": 46.5, "GroupRank-32B": 55.1},
+}
 
 
-def optional(module):
-    """Import a package that only this command needs; without it, an error names the pip command."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise ImportError(f"this needs the package {package}: pip install {package}") from None
+def published(benchmark, tasks):
+    """The paper's NDCG@10: {system: {"mean": ..., task: ...}}; None where it prints no figure."""
+    if unknown := [task for task in tasks if task not in SIZES[benchmark]]:
+        raise ValueError(f"--paper {benchmark} has no task {unknown[0]!r}; name the BEIR folder or "
+                         f"the qrels file after one of: {', '.join(SIZES[benchmark])}")
+    rows = {}
+    for system, figures in PUBLISHED[benchmark].items():
+        if benchmark != "beir":
+            known = dict(zip(SIZES[benchmark], figures, strict=True))
+            row = {task: known[task] for task in tasks}
+            rows[system] = {"mean": sum(row.values()) / len(row), **row}
+        elif set(tasks) == set(SIZES["beir"]):
+            rows[system] = {"mean": figures, **dict.fromkeys(tasks)}
+    return rows
 
 
 def _fetch(repo, patterns, source):
@@ -808,9 +699,10 @@ def _fetch(repo, patterns, source):
         if not Path(source).is_dir():
             raise ValueError(f"--source {source} is not a folder")
         return Path(source)
-    hub = optional("huggingface_hub")
+    from huggingface_hub import snapshot_download
+
     try:
-        return Path(hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
     except OSError as error:
         raise ValueError(f"cannot download {repo}; without network, clone https://huggingface.co/"
                          f"datasets/{repo} elsewhere and pass --source FOLDER. ({error})") from None
@@ -818,108 +710,102 @@ def _fetch(repo, patterns, source):
 
 def read_rows(folder, stem):
     """Yield the rows (dicts) of a table STEM: JSON lines or parquet, one or many files."""
-    forms = ("{}.jsonl", "{}.jsonl.gz", "{}.parquet", "{}-*.parquet", "{}/*.jsonl*", "{}/*.parquet")
-    names = [form.format(stem) for form in forms]
+    names = [f"{stem}.jsonl*", f"{stem}*.parquet", f"{stem}/*.jsonl*", f"{stem}/*.parquet"]
     files = next(filter(None, (sorted(folder.glob(name)) for name in names)), None)
     if not files:
         raise ValueError(f"{folder} has none of {', '.join(names)}")
     for file in files:
         if file.suffix == ".parquet":
-            for batch in optional("pyarrow.parquet").ParquetFile(file).iter_batches():
+            from pyarrow.parquet import ParquetFile
+
+            for batch in ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
         else:
             yield from read_jsonl(file)
 
 
-def _load_bright(task, source, long_documents, split):
+def _load_bright(task, source, long):
     """xlangai/BRIGHT: every gold id has grade 1; *_reason hold the rewritten queries."""
-    kind = "long_documents" if long_documents else "documents"
-    gold = "gold_ids_long" if long_documents else "gold_ids"
+    kind, gold = ("long_documents", "gold_ids_long") if long else ("documents", "gold_ids")
     parts = [f"{part}/{task}-*" for part in (kind, "examples", "*_reason")]
     folder = _fetch("xlangai/BRIGHT", parts, source)
     examples = list(read_rows(folder, f"examples/{task}"))
-    queries = {row["id"]: row["query"] for row in examples}
     qrels = {row["id"]: {doc: 1 for doc in row[gold] if doc != "N/A"} for row in examples}
     excluded = {row["id"]: {*row["excluded_ids"]} - {"N/A"} for row in examples}
-    rewritten = {
-        part.name: {row["id"]: row["query"] for row in read_rows(folder, f"{part.name}/{task}")}
-        for part in sorted(folder.glob("*_reason"))
-    }
+    reasons = sorted(part.name for part in folder.glob("*_reason"))
+    texts = {part: {row["id"]: row["query"] for row in read_rows(folder, f"{part}/{task}")}
+             for part in ("examples", *reasons)}  # fmt: skip
     documents = ((row["id"], "", row["content"]) for row in read_rows(folder, f"{kind}/{task}"))
-    return documents, queries, qrels, excluded, rewritten
+    return documents, texts.pop("examples"), qrels, excluded, texts
 
 
-def _load_r2med(task, source, long_documents, split):
+def _load_r2med(task, source, long):
     """R2MED/TASK: corpus and query {id, text}, qrels {q_id, p_id, score} (older: qrels.txt)."""
     folder, qrels = _fetch(f"R2MED/{task}", None, source), {}
-    queries = {row["id"]: row["text"] for row in read_rows(folder, "query")}
     if (folder / "qrels.txt").exists():
         qrels = read_qrels(folder / "qrels.txt")
     else:
         for row in read_rows(folder, "qrels"):
             qrels.setdefault(row["q_id"], {})[row["p_id"]] = int(row["score"])
+    queries = {row["id"]: row["text"] for row in read_rows(folder, "query")}
     return ((r["id"], "", r["text"]) for r in read_rows(folder, "corpus")), queries, qrels, {}, {}
 
 
-def _load_beir(task, source, long_documents, split):
+def _load_beir(task, source, long):
     """BeIR/NAME with BeIR/NAME-qrels, or a BEIR folder; only the judged queries are kept."""
     folder = _fetch(f"BeIR/{task}", None, source)
-    judged_in = folder if source else _fetch(f"BeIR/{task}-qrels", [f"{split}.tsv"], None)
-    apart = judged_in / f"{split}.tsv"
-    qrels = read_qrels(apart if apart.exists() else judged_in / "qrels" / f"{split}.tsv")
+    judged_in = _fetch(f"BeIR/{task}-qrels", ["test.tsv"], source)
+    names = (judged_in / "test.tsv", judged_in / "qrels" / "test.tsv")
+    qrels = read_qrels(names[0] if names[0].exists() else names[1])
     rows = read_rows(folder, "queries")
     queries = {row["_id"]: row["text"] for row in rows if row["_id"] in qrels}
     rows = read_rows(folder, "corpus")
     return ((r["_id"], r.get("title") or "", r["text"]) for r in rows), queries, qrels, {}, {}
 
 
-def prepare(name, out, *, source=None, long_documents=False, split="test", check=True):
+def prepare(name, out, *, source=None, long_documents=False, check=True):
     """Make the BEIR folder `out` of a benchmark: bright/TASK, r2med/TASK or beir/NAME.
 
-    From the Hugging Face hub, or from `source`, a local clone of the data set. Empty and repeated
-    documents are left out and counted. ValueError if judged documents are missing or row counts
-    differ from BENCHMARKS (unless `check` is off). Returns a line that says what was written.
+    From the Hugging Face hub or a local clone, `source`; returns a line that says what was written.
+    Empty and repeated documents are left out. ValueError, unless `check` is off, if more than 1 %
+    of the judged documents are missing or row counts differ from SIZES.
     """
     benchmark, _, task = name.partition("/")
-    known = benchmark_table(benchmark)
+    known = SIZES.get(benchmark, {})
     if not task or not known or (benchmark != "beir" and task not in known):
         raise ValueError(f"unknown benchmark {name!r}: bright/TASK, r2med/TASK or beir/NAME; "
                          f"{benchmark} has the tasks: {', '.join(known) or 'none'}")  # fmt: skip
     load = {"bright": _load_bright, "r2med": _load_r2med, "beir": _load_beir}[benchmark]
-    with fields_named(name):
-        rows, queries, qrels, excluded, rewritten = load(task, source, long_documents, split)
-    expected = known.get(task, {}) if check and split == "test" else {}
-    n_documents = expected.get("long" if long_documents else "documents")
-    sizes = [("queries", len(queries), expected.get("queries"))]
-    seen, counts = set(), collections.Counter()
-
-    def documents():
+    corpus, n = {}, collections.Counter()
+    try:
+        rows, queries, qrels, excluded, rewritten = load(task, source, long_documents)
         for doc, title, text in tqdm(rows, desc=name, unit=" documents", disable=None):
-            kind = "repeated" if doc in seen else "kept" if f"{title}{text}".strip() else "empty"
-            counts[kind] += 1
-            seen.add(doc)
+            kind = "repeated" if doc in corpus else "kept" if f"{title}{text}".strip() else "empty"
+            n[kind] += 1
             if kind == "kept":
-                yield doc, (title, text)
-        n_seen, judged = sum(counts.values()), {d for docs in qrels.values() for d in docs}
-        faults, missing = [], judged - seen
-        counts["missing"] = len(missing)
-        if len(missing) > 0.01 * len(judged):  # BEIR's arguana lacks 5 of its 1,406
-            faults = [f"{len(missing)} judged documents are missing: {min(missing)}"]
-        for what, n, known_n in (*sizes, ("documents", n_seen, n_documents)):
-            faults += [f"{n} {what}, not {known_n:.0f}"] if known_n not in (None, n) else []
-        if faults and check:
-            raise ValueError(f"{name}: {'; '.join(faults)} (another version? see --skip-checks)")
-
-    with fields_named(name):
-        write_collection(out, documents(), queries, qrels, excluded, split)
+                corpus[doc] = (title, text)
+    except KeyError as error:
+        raise ValueError(f"{name}: a row of the data set lacks the field {error}") from None
+    judged = {doc for docs in qrels.values() for doc in docs}
+    absent = judged - corpus.keys()
+    n_queries, *n_documents = known.get(task, (None, None, None))
+    faults = []
+    if n_queries not in (None, len(queries)):
+        faults.append(f"{len(queries)} queries, not {n_queries}")
+    if (right := n_documents[long_documents]) not in (None, n.total()):
+        faults.append(f"{n.total()} documents, not {right}")
+    if len(absent) > 0.01 * len(judged):  # BEIR's arguana lacks 5 of its 1,406
+        faults.append(f"{len(absent)} judged documents are missing: {min(absent)}")
+    if faults and check:
+        raise ValueError(f"{name}: {'; '.join(faults)} (another version? see --skip-checks)")
+    write_collection(out, corpus, queries, qrels, excluded)
     for kind, texts in rewritten.items():
         lines = ({"_id": qid, "text": text} for qid, text in texts.items())
         write_lines(f"{out}/queries.{kind}.jsonl", lines)
-    return (f"{out}: {counts['kept']} documents ({counts['empty']} empty and {counts['repeated']} "
-            f"repeated ones left out; {counts['missing']} judged ones absent), {len(queries)} "
-            f"queries, {sum(map(len, qrels.values()))} judgements, "
-            f"{sum(map(len, excluded.values()))} exclusions, rewritten queries: "
-            f"{', '.join(rewritten) or 'none'}")  # fmt: skip
+    return (f"{out}: {n['kept']} documents ({n['empty']} empty and {n['repeated']} repeated ones "
+            f"left out; {len(absent)} judged ones absent), {len(queries)} queries, "
+            f"{sum(map(len, qrels.values()))} judgements, {sum(map(len, excluded.values()))} "
+            f"exclusions, rewritten queries: {', '.join(rewritten) or 'none'}")  # fmt: skip
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -937,34 +823,33 @@ CURVES = {  # panel -> keys of metrics.jsonl; what is not there is not drawn
 
 
 def _plot_training(figure, rows):
-    """A panel per entry of CURVES: all values, thin, and their running mean over 5 % of a stage."""
-    stages = [[r for r in rows if (r.get("stage") == "grpo") == grpo] for grpo in (False, True)]
-    n_sft = max((row["step"] for row in stages[0]), default=0)
-    panels = {t: [k for k in keys if any(k in row for row in rows)] for t, keys in CURVES.items()}
-    panels = {title: keys for title, keys in panels.items() if keys}
+    """A panel per entry of CURVES: all values, thin, and their running mean over 5 % of them."""
+    logged, stages = set().union(*rows), {row.get("stage") for row in rows}
+    panels = {title: [key for key in keys if key in logged]
+              for title, keys in CURVES.items() if logged.intersection(keys)}  # fmt: skip
     if not panels:
-        raise KeyError(", ".join(key for keys in CURVES.values() for key in keys))
+        raise KeyError("reward")
+    n_sft = max((row["step"] for row in rows if row["stage"] == "sft"), default=0)
     n_rows = math.ceil(len(panels) / 2)
     figure.set_size_inches(6.4, 1.9 * n_rows)
-    axes = figure.subplots(n_rows, 2, squeeze=False).ravel()
-    for axis, (title, keys) in zip(axes, panels.items(), strict=False):
-        curves = itertools.product(enumerate(keys), zip((0, n_sft), stages, strict=True))
-        for (number, key), (start, stage) in curves:
-            if points := [(start + row["step"], row[key]) for row in stage if key in row]:
+    for number, (title, keys) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(n_rows, 2, number)
+        for i, (key, stage) in enumerate(itertools.product(keys, sorted(stages, reverse=True))):
+            start = n_sft if stage == "grpo" else 0  # GRPO's steps are drawn after SFT's
+            points = [(start + row["step"], row[key]) for row in rows
+                      if row["stage"] == stage and key in row]  # fmt: skip
+            if points:
                 x, y = np.array(points, dtype=float).T
-                width = max(1, len(y) // 20)
+                width, color = max(1, len(y) // 20), f"C{i // len(stages)}"
                 smooth = np.convolve(y, np.ones(width) / width, mode="valid")
-                axis.plot(x, y, color=f"C{number}", alpha=0.25, linewidth=0.8)
-                dots = {"marker": "."} if len(y) < 30 else {}
-                centred = x[width // 2 :][: len(smooth)]
-                axis.plot(centred, smooth, color=f"C{number}", label=key, **dots)
-        if all(stages):
+                axis.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+                axis.plot(x[width // 2 :][: len(smooth)], smooth, color=color, label=key,
+                          marker="." if len(y) < 30 else "")  # fmt: skip
+        if len(stages) > 1:
             axis.axvline(n_sft, color="gray", linestyle=":", linewidth=1)
-        axis.set(title=title, xlabel="step (SFT, then GRPO)" if all(stages) else "step")
+        axis.set(title=title, xlabel="step (SFT, then GRPO)" if len(stages) > 1 else "step")
         if len(keys) > 1:
             axis.legend(ncols=2, loc="lower right", fontsize=6)
-    for axis in axes[len(panels) :]:
-        axis.remove()
 
 
 def _plot_sweep(figure, rows):
@@ -989,7 +874,7 @@ def _plot_pair(figure, rows):
     differences = sorted((100 * (second[q] - first[q]) for q in first if q in second), reverse=True)
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     figure.set_size_inches(6.4, 2.8)
-    axis = figure.subplots()
+    axis = figure.add_subplot()
     axis.bar(range(1, len(differences) + 1), differences, width=1.0)
     axis.axhline(np.mean(differences), color="black", linestyle=":", label="mean difference")
     axis.set(xlabel="queries, sorted", ylabel=f"{metric}, difference in points")
@@ -998,11 +883,7 @@ def _plot_pair(figure, rows):
 
 
 def plot(path, out):
-    """Draw metrics.jsonl (training), sweep.jsonl or a --per-query file (.tsv) into a picture file.
-
-    The suffix of `out` is its format. ValueError if there is nothing to draw.
-    """
-    optional("matplotlib")
+    """Draw metrics.jsonl, sweep.jsonl or a --per-query file (.tsv); the suffix of `out` counts."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -1012,8 +893,8 @@ def plot(path, out):
     else:
         rows = list(read_jsonl(path))
         draw = _plot_sweep if "docs_per_group" in (rows or [{}])[0] else _plot_training
-    style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
-    style |= {"legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False}
+    style = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 7, "axes.grid": True,
+             "grid.alpha": 0.3}  # fmt: skip
     with rc_context(style), open_atomic(out, "wb") as file:
         figure = Figure(layout="constrained")
         try:
@@ -1023,189 +904,122 @@ def plot(path, out):
         figure.savefig(file, format=Path(out).suffix[1:] or "png", dpi=150)
 
 
-# --- Tables ---------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
-def table(rows, markdown=False):
-    """Rows of strings (the first is the header) as aligned text or as a Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(title, rows, markdown=False):
+    """{row name: {column: value}} as aligned text or Markdown; fractions, but not p, times 100."""
+
+    def text(column, x):
+        if isinstance(x, list):
+            return " to ".join(text(column, part) for part in x)
+        if isinstance(x, float):
+            return f"{x:.4f}" if column.startswith("p_") else f"{100 * x:.2f}"
+        return "-" if x is None else str(x)
+
+    lines = [[title, *next(iter(rows.values()))]]
+    lines += [[name, *itertools.starmap(text, row.items())] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in lines]
+    if not markdown:
+        return "\n".join("  ".join(line) for line in lines)
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    if markdown:
-        return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
-    return "\n".join("  ".join(line) for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def published(benchmark, tasks):
-    """The paper's rows {system: {task: NDCG@10}}, with their "mean" if it has all the tasks."""
-    known = benchmark_table(benchmark)
-    if unknown := [task for task in tasks if task not in known]:
-        raise ValueError(f"--paper {benchmark} has no task {unknown[0]!r}; name the BEIR folder or "
-                         f"the qrels file after one of: {', '.join(known)}")  # fmt: skip
-    rows = {}
-    for system in list(next(iter(known.values())))[3:]:
-        row = {task: known[task][system] for task in tasks}
-        whole = None not in row.values()
-        rows[system] = {"mean": sum(row.values()) / len(row) if whole else None, **row}
-        if set(tasks) == known.keys() - {"mean"} and not whole:
-            rows[system]["mean"] = known.get("mean", {}).get(system)
-    return {system: row for system, row in rows.items() if any(row.values())}
-
-
-def task_name(qrels_path):
-    """biology of bright/biology/qrels/test.tsv, and of biology.qrels."""
-    path = Path(qrels_path)
-    return path.parent.parent.name if path.parent.name == "qrels" else path.name.partition(".")[0]
-
-
-def run_names(paths):
-    """Short names of run files: the file name without suffixes, or whole paths where equal."""
-    suffixes = r"(\.run|\.trec|\.txt|\.tsv|\.json|\.gz)+$"
-    short = [re.sub(suffixes, "", Path(path).name) for path in paths]
-    return short if len(set(short)) == len(short) else [str(path) for path in paths]
-
-
-def evaluate_files(args, qrels_path, run_paths, names):
-    """All numbers for one qrels file and its runs, as a dict that is the --json output."""
-    qrels = read_qrels(qrels_path)
-    excluded = Path(args.excluded or Path(qrels_path).absolute().parent.parent / "excluded.tsv")
-    excluded = read_excluded(excluded) if args.excluded or excluded.exists() else {}
-    rules = {"ties": args.ties, "gain": args.gain, "complete": args.complete,
-             "relevance_level": args.relevance_level}  # fmt: skip
-    cut_offs = [k for name, k in map(parse_metric, args.metrics) if name == "ndcg" and k]
-    report = {"qrels": str(qrels_path), "queries": len(qrels),
-              "judgements": sum(map(len, qrels.values())),
-              "rules": {**rules, "ignore_identical_ids": args.ignore_identical_ids}, "runs": {},
-              "coverage": {}, "ties": {}, "comparisons": [], "per_query": {}}  # fmt: skip
+def evaluate_files(args, qrels_path, runs):
+    """All numbers for one qrels file and its runs {name: path}, as --json prints them."""
+    qrels, folder = read_qrels(qrels_path), qrels_path.absolute().parent.parent
+    path = Path(args.excluded or folder / "excluded.tsv")
+    excluded = read_excluded(path) if args.excluded or path.exists() else {}
+    ties = "document id, descending" if args.ties == "trec_eval" else "first-stage order"
+    over = "all judged queries (--complete)" if args.complete else "queries in both"
+    alike = "; documents named like their query ignored" if args.ignore_identical_ids else ""
+    report = {"runs": {}, "queries": {}, "ties": {}, "comparisons": {}, "per_query": {}}
+    report["rules"] = (f"{qrels_path}: ties by {ties}; {args.gain} gain; relevant from grade "
+                       f"{args.relevance_level}; mean over {over}{alike}")  # fmt: skip
     reference = None
-    for name, path in zip(names, run_paths, strict=True):
+    for name, path in runs.items():
         run, n_removed = remove_documents(read_run(path), excluded, args.ignore_identical_ids)
         if not run.keys() & qrels.keys():
             raise ValueError(f"{path} and {qrels_path} share no query: the run has {min(run)!r}, "
                              f"the qrels {min(qrels)!r}")  # fmt: skip
         reference = reference or run
-        values = evaluate_run(qrels, run, args.metrics, reference=reference, **rules)
+        values = evaluate_run(
+            qrels, run, args.metrics, relevance_level=args.relevance_level, gain=args.gain,
+            complete=args.complete, ties=args.ties, reference=reference)  # fmt: skip
         report["per_query"][name] = values
         report["runs"][name] = {metric: mean(of) for metric, of in values.items()}
-        report["coverage"][name] = {
-            "scored": len(run.keys() & qrels.keys()),
-            "missing": len(qrels.keys() - run.keys()),
-            "unjudged": len(run.keys() - qrels.keys()),
-            "removed_documents": n_removed,
-        }
-        report["ties"][name] = tie_report(qrels, run, (cut_offs or [10])[0],
-                                            gain=args.gain, complete=args.complete)  # fmt: skip
-    for name, metric in itertools.product(names[1:], args.metrics):
+        scored = len(run.keys() & qrels.keys())
+        report["queries"][name] = {
+            "scored": scored, "missing in the run": len(qrels) - scored,
+            "without judgements": len(run) - scored, "documents excluded": n_removed}  # fmt: skip
+        report["ties"][name] = tie_report(qrels, run, gain=args.gain, complete=args.complete)
+    a, *others = runs
+    for b, metric in itertools.product(others, args.metrics):
         if parse_metric(metric)[0] not in ("rbo", "judged"):
-            a, b = (report["per_query"][run][metric] for run in (names[0], name))
-            tests = compare_runs(a, b, seed=args.seed)
-            report["comparisons"].append({"a": names[0], "b": name, "metric": metric, **tests})
+            pair = (report["per_query"][run][metric] for run in (a, b))
+            report["comparisons"][f"{b} - {a}, {metric}"] = compare_runs(*pair, seed=args.seed)
     return report
 
 
-def describe(report):
-    """The lines below a table: what was compared how, what is missing, ties, paired tests."""
-    rules = report["rules"]
-    ties = "document id, descending" if rules["ties"] == "trec_eval" else "first-stage order"
-    over = "all judged queries (--complete)" if rules["complete"] else "queries in both"
-    alike = "; documents named like their query ignored" if rules["ignore_identical_ids"] else ""
-    yield (f"qrels    {report['qrels']}: {report['queries']} queries, "
-           f"{report['judgements']} judgements")  # fmt: skip
-    yield (f"rules    ties by {ties}; {rules['gain']} gain; relevant from grade "
-           f"{rules['relevance_level']}; mean over {over}{alike}")  # fmt: skip
-    for name, n in report["coverage"].items():
-        dropped = n["removed_documents"]
-        yield (f"queries  {name}: {n['scored']} scored, {n['missing']} judged ones missing in the "
-               f"run, {n['unjudged']} of the run without judgements"
-               + (f"; {dropped} excluded documents removed" if dropped else ""))  # fmt: skip
-    for name, n in report["ties"].items():
-        worst, expected, best = (100 * n[order] for order in ("worst", "expected", "best"))
-        yield (f"ties     {name}: {n['decided']} of {n['slots']} top-{n['k']} slots decided by a "
-               f"tie-break; over all tie-breaks ndcg@{n['k']} is {worst:.2f} to {best:.2f}, "
-               f"expected {expected:.2f}")  # fmt: skip
-    for c in report["comparisons"]:
-        low, high = (100 * limit for limit in c["interval"])
-        yield (f"paired   {c['b']} - {c['a']}, {c['metric']}: {100 * c['difference']:+.2f} "
-               f"[{low:+.2f}, {high:+.2f}]; {c['wins']} wins, {c['ties']} ties, {c['losses']} "
-               f"losses; p = {c['p_randomisation']:.4f} (randomisation), "
-               f"{c['p_t']:.4f} (t-test)")  # fmt: skip
-
-
-def print_reports(args, reports, names):
-    """Print one report, or several and their means over tasks, in the form that was asked for."""
-    if args.paper and args.metrics[0] != "ndcg@10":
+def print_reports(args, reports):
+    """Print the reports {task: report} and the means over their tasks, in the form asked for."""
+    first, names = args.metrics[0], next(iter(reports.values()))["runs"]
+    if args.paper and first != "ndcg@10":
         raise ValueError("the paper's figures are NDCG@10: name ndcg@10 first in --metrics")
     paper = published(args.paper, list(reports)) if args.paper else {}
-    values = {name: [r["runs"][name] for r in reports.values()] for name in names}
-    runs = {n: {m: sum(v[m] for v in of) / len(of) for m in of[0]} for n, of in values.items()}
+    by_task = {name: {metric: {task: r["runs"][name][metric] for task, r in reports.items()}
+                      for metric in args.metrics} for name in names}  # fmt: skip
+    runs = {name: {metric: mean(of) for metric, of in by_task[name].items()} for name in names}
     if args.json:
-        output = {"runs": runs, "tasks": reports}
-        output = output if len(reports) > 1 else next(iter(reports.values()))
-        print(json.dumps({**output, "published": paper} if paper else output, indent=1))
+        print(json.dumps({"runs": runs, "tasks": reports, "published": paper}, indent=1))
         return
-    number = lambda x, unit=1: "-" if x is None else f"{unit * x:.2f}"  # noqa: E731
-    rows = [[n, *(number(x, 100) for x in runs[n].values())] for n in names]
-    print(table([["run", *args.metrics], *rows], args.markdown))
-    if first := args.metrics[0] * (len(reports) > 1 or bool(paper)):
-        rows = [[n, *(number(of[first], 100) for of in (runs[n], *values[n]))] for n in names]
-        rows += [[f"{n} (published)", *map(number, row.values())] for n, row in paper.items()]
-        print("\n" + table([[first, "mean", *reports], *rows], args.markdown))
+    print(table("run", runs, args.markdown))
+    if len(reports) > 1 or paper:
+        rows = {name: {"mean": runs[name][first], **by_task[name][first]} for name in names}
+        for system, row in paper.items():
+            rows[f"{system} (published)"] = {task: x and x / 100 for task, x in row.items()}
+        print("\n" + table(first, rows, args.markdown))
     for report in reports.values():
-        print("", *describe(report), sep="\n- " if args.markdown else "\n")
-
-
-# --- Command line ---------------------------------------------------------------------------------
-
-
-OPTIONS = {  # group -> option, its help, and what else argparse needs to know
-    "evaluate runs": [
-        ("--qrels", "judgements: TREC, BEIR, JSON; of several tasks if --run holds {task}",
-         {"nargs": "+"}),
-        ("--run", "runs: TREC or JSON; the others are compared with the first",
-         {"nargs": "+", "action": "extend"}),
-        ("--metrics", "ndcg recall p map mrr success judged (@k); rbo (@p) with the first run",
-         {"nargs": "+", "default": ["ndcg@10", "recall@100", "map", "mrr@10"]}),
-        ("--complete", "mean over all judged queries, missing ones 0", {}),
-        ("--ties", "equal scores by document id, or in the order of the run's lines",
-         {"choices": ["trec_eval", "first-stage"], "default": "trec_eval"}),
-        ("--gain", "of NDCG", {"choices": ["linear", "exponential"], "default": "linear"}),
-        ("--relevance-level", "relevant from this grade on", {"type": int, "default": 1}),
-        ("--ignore-identical-ids", "drop documents named like their query, as BEIR does", {}),
-        ("--excluded", "documents to drop (default: excluded.tsv beside the qrels folder)",
-         {"nargs": None}),
-    ],
-    "output": [
-        ("--json", "print everything as JSON, fractions 0-1", {}),
-        ("--markdown", "print a Markdown table", {}),
-        ("--paper", "add the paper's NDCG@10", {"choices": ["bright", "r2med", "beir"]}),
-        ("--per-query", "also write a .tsv of run, metric, query, value", {"nargs": None}),
-        ("--out", "of --prepare (a folder) or --plot (a picture)", {"nargs": None}),
-        ("--overwrite", "replace outputs that exist", {}),
-        ("--seed", "of the randomisation test and the bootstrap", {"type": int, "default": 0}),
-    ],
-    "prepare a benchmark as a BEIR folder": [
-        ("--prepare", "bright/TASK, r2med/TASK (TASK may be all) or beir/NAME", {"nargs": None}),
-        ("--source", "folder of a local clone, instead of the Hugging Face hub", {"nargs": None}),
-        ("--long-documents", "BRIGHT's long documents", {}),
-        ("--split", "of BEIR's judgements", {"default": "test"}),
-        ("--skip-checks", "accept other row counts and missing judged documents", {}),
-    ],
-    "draw a picture": [
-        ("--plot", "metrics.jsonl, sweep.jsonl or a --per-query file", {"nargs": None}),
-    ],
-}  # fmt: skip
+        print("\n" + report["rules"])
+        for part in filter(report.get, ("queries", "ties", "comparisons")):
+            print("\n" + table(part, report[part], args.markdown))
 
 
 def build_parser():
-    """The parser of OPTIONS; an option without further words is a flag."""
-    usage = "\n".join(line for line in __doc__.splitlines() if "python evaluate.py" in line)
-    words = {"description": __doc__.splitlines()[0], "epilog": usage}
+    """The options, grouped as --help shows them."""
+    about, commands = __doc__.split("\n\n")[0], __doc__.split("\n\n")[2]
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(**words, formatter_class=form)
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for name, text, words in options:
-            group.add_argument(name, help=text, **words or {"action": "store_true"})
+    parser = argparse.ArgumentParser(description=about, epilog=commands, formatter_class=form)
+    flag = {"action": "store_true"}
+    add = parser.add_argument_group("evaluate runs").add_argument
+    add("--qrels", nargs="+", help="judgements: TREC, BEIR, JSON; several if --run holds {task}")
+    add("--run", nargs="+", action="extend", help="TREC or JSON; compared with the first one")
+    add("--metrics", nargs="+", default=["ndcg@10", "recall@100", "map", "mrr@10"],
+        help="ndcg recall p map mrr success judged (@k); rbo (@p) with the first run")
+    add("--complete", **flag, help="mean over all judged queries, missing ones 0")
+    add("--ties", choices=["trec_eval", "first-stage"], default="trec_eval",
+        help="equal scores by document id, or in the order of the run's lines")
+    add("--gain", choices=["linear", "exponential"], default="linear", help="of NDCG")
+    add("--relevance-level", type=int, default=1, help="relevant from this grade on")
+    add("--ignore-identical-ids", **flag, help="drop documents named like their query")
+    add("--excluded", help="documents to drop (default: excluded.tsv beside the qrels folder)")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", **flag, help="print everything as JSON, fractions 0-1")
+    add("--markdown", **flag, help="print Markdown tables")
+    add("--paper", choices=list(SIZES), help="add the paper's NDCG@10")
+    add("--per-query", help="also write a .tsv of run, metric, query, value")
+    add("--out", help="of --prepare (a folder) or --plot (a picture)")
+    add("--overwrite", **flag, help="replace outputs that exist")
+    add("--seed", type=int, default=0, help="of the randomisation test and the bootstrap")
+    add = parser.add_argument_group("prepare a benchmark as a BEIR folder").add_argument
+    add("--prepare", help="bright/TASK, r2med/TASK (TASK may be all) or beir/NAME")
+    add("--source", help="folder of a local clone, instead of the Hugging Face hub")
+    add("--long-documents", **flag, help="BRIGHT's long documents")
+    add("--skip-checks", **flag, help="accept other row counts and missing judged documents")
+    add = parser.add_argument_group("draw a picture").add_argument
+    add("--plot", help="metrics.jsonl, sweep.jsonl or a --per-query file")
     return parser
 
 
@@ -1215,35 +1029,38 @@ def main():
     args = parser.parse_args()
     if args.prepare:
         benchmark, _, wanted = args.prepare.partition("/")
-        every = [known for known in benchmark_table(benchmark) if known != "mean"]
-        for task in every if (several := wanted == "all") else [wanted]:
-            out = Path(args.out or f"data/{benchmark}") / (task if several or not args.out else "")
+        every = list(SIZES.get(benchmark, ())) if wanted == "all" else []
+        for task in every or [wanted]:
+            out = Path(args.out or f"data/{benchmark}", task if every or not args.out else "")
             source = args.source
-            if several and source and benchmark != "bright":  # one repository a task
-                source = Path(source) / task
+            if every and source and benchmark != "bright":  # one repository a task
+                source = Path(source, task)
             refuse_overwrite(out, args.overwrite)
             print(f"{benchmark}/{task}: {source or 'the Hugging Face hub'} -> {out}", flush=True)
             choices = {"long_documents": args.long_documents, "check": not args.skip_checks}
-            print(prepare(f"{benchmark}/{task}", out, source=source, split=args.split, **choices))
+            print(prepare(f"{benchmark}/{task}", out, source=source, **choices))
     elif args.plot:
-        out = args.out or str(Path(args.plot).with_suffix(".png"))
+        out = args.out or Path(args.plot).with_suffix(".png")
         refuse_overwrite(out, args.overwrite)
         plot(args.plot, out)
         print(f"drew {out}")
     elif args.qrels and args.run:
-        names, reports = run_names(args.run), {}
         if args.per_query:
             refuse_overwrite(args.per_query, args.overwrite)
-        for qrels in args.qrels:
-            task = task_name(qrels)
-            paths = [path.replace("{task}", task) for path in args.run]
-            reports[task] = evaluate_files(args, qrels, paths, names)
-        values = [report.pop("per_query") for report in reports.values()]
+        args.metrics = [metric for text in args.metrics for metric in text.split(",")]
+        names = [Path(path.removesuffix(".gz")).stem for path in args.run]
+        names, reports = names if len(set(names)) == len(names) else args.run, {}
+        for qrels in map(Path, args.qrels):  # biology of biology/qrels/test.tsv, of biology.qrels
+            in_folder = qrels.parent.name == "qrels"
+            task = qrels.absolute().parts[-3] if in_folder else qrels.name.partition(".")[0]
+            paths = (path.replace("{task}", task) for path in args.run)
+            reports[task] = evaluate_files(args, qrels, dict(zip(names, paths, strict=True)))
+        rows = [(run, metric, qid, value) for report in reports.values()
+                for run, metrics in report.pop("per_query").items()
+                for metric, values in metrics.items() for qid, value in values.items()]  # fmt: skip
         if args.per_query:
-            rows = ((run, metric, qid, repr(x)) for report in values for run, of in report.items()
-                    for metric, by_query in of.items() for qid, x in by_query.items())  # fmt: skip
             write_lines(args.per_query, [("run", "metric", "query-id", "value"), *rows])
-        print_reports(args, reports, names)
+        print_reports(args, reports)
     else:
         parser.error("nothing to do: give --qrels and --run, --prepare or --plot")
 

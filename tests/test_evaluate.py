@@ -74,6 +74,13 @@ def test_negative_grades_have_no_gain_and_no_cost():
     assert evaluate.ndcg([-1], [-1]) == 0.0
 
 
+def one_query(grades, metric, level=1):
+    """The metric of a ranking d0, d1, ... with these grades; None: not judged."""
+    qrels = {"q": {f"d{i}": grade for i, grade in enumerate(grades) if grade is not None}}
+    run = {"q": {f"d{i}": -float(i) for i in range(len(grades))}}
+    return evaluate.evaluate_run(qrels, run, [metric], relevance_level=level)[metric]["q"]
+
+
 def test_recall_precision_and_success_count_grades_at_the_level():
     ranked, everything = [0, 2, 1, 0], [2, 1, 1]
     assert evaluate.recall(ranked, everything, 2) == 1 / 3
@@ -81,9 +88,9 @@ def test_recall_precision_and_success_count_grades_at_the_level():
     assert evaluate.recall(ranked, everything, 4, level=2) == 1 / 1
     assert evaluate.precision(ranked, 2) == 1 / 2
     assert evaluate.precision(ranked, 10) == 2 / 10  # divides by k, not by what was retrieved
-    assert evaluate.success(ranked, 1) == 0.0
-    assert evaluate.success(ranked, 2) == 1.0
-    assert evaluate.success(ranked, 4, level=3) == 0.0
+    assert one_query(ranked, "success@1") == 0.0
+    assert one_query(ranked, "success@2") == 1.0
+    assert one_query(ranked, "success@4", level=3) == 0.0
 
 
 def test_average_precision_equals_hand_sum():
@@ -99,8 +106,8 @@ def test_reciprocal_rank_is_of_the_first_relevant_document():
 
 
 def test_judged_divides_by_what_was_retrieved_up_to_k():
-    assert evaluate.judged([1, 0, 1, 0], 3) == 2 / 3
-    assert evaluate.judged([1, 0], 10) == 1 / 2
+    assert one_query([1, None, 0, None], "judged@3") == 2 / 3
+    assert one_query([0, None], "judged@10") == one_query([0, None], "judged") == 1 / 2
 
 
 def test_measures_without_any_relevant_document_are_zero():
@@ -109,8 +116,8 @@ def test_measures_without_any_relevant_document_are_zero():
         assert evaluate.recall(ranked, ranked, 10) == 0.0
         assert evaluate.precision(ranked, 10) == evaluate.precision(ranked) == 0.0
         assert evaluate.average_precision(ranked, ranked) == 0.0
-        assert evaluate.reciprocal_rank(ranked) == evaluate.success(ranked) == 0.0
-    assert evaluate.judged([]) == 0.0
+        assert evaluate.reciprocal_rank(ranked) == 0.0
+    assert one_query([0, -1], "success") == 0.0
 
 
 def test_measures_take_lists_arrays_and_whatever_float_understands():
@@ -169,8 +176,6 @@ def test_rank_biased_overlap_at_its_limits():
     ("precision", "precision([0, 2], 2)"),
     ("average_precision", "average_precision([0, 2], [2, 1])"),
     ("reciprocal_rank", "reciprocal_rank([0, 2])"),
-    ("success", "success([0, 2], 1)"),
-    ("judged", "judged([0, 1], 2)"),
     ("rank_biased_overlap", "rank_biased_overlap([1, 2], [2, 1])"),
     ("tie_averaged", "tie_averaged([1, 1, 0], [0, 2, 1])"),
     ("minmax", "minmax([1, 2, 3])"),
@@ -516,14 +521,14 @@ def test_runs_are_read_in_every_form(tmp_path, text, expected, packed):
     ("1 Q0 a 1 2.5 t\n2 Q0 b 1 2 t\n1 Q0 a 2 2.0 t\n", "line 3: query 1 lists document a"),
     ("1 Q0 a 1 2.5 t\n1 Q0 b 1\n", "line 2: not six columns"),
     ("1 Q0 a 1 high t\n", "line 1: could not convert string to float: 'high'"),
-    ("1 Q0 a 1 nan t\n", "line 1: score nan is not a finite number"),
-    ("1 Q0 a 1 1e999 t\n", "line 1: score 1e999 is not a finite number"),
+    ("1 Q0 a 1 nan t\n", "line 1: query 1, document a: nan is not a finite number"),
+    ("1 Q0 a 1 1e999 t\n", "line 1: query 1, document a: 1e999 is not a finite number"),
     ("1 Q0 b 1 2 3 4 t\n", "line 1: not six columns"),  # id "b 1 2", or tag "3 4 t"
     ("", "the run is empty"),
     (b"1 Q0 a\xff 1 2 t\n", "can't decode byte 0xff"),
-    ('{"1": {"a": 1, "a": 2}}', "id a appears twice"),
-    ('{"1": {"a": NaN}}', "query 1, document a: nan is no finite number"),
-    ('{"1": {"a": "x"}}', "query 1, document a: 'x' is no finite number"),
+    ('{"1": {"a": 1, "a": 2}}', "query 1 lists document a a second time"),
+    ('{"1": {"a": NaN}}', "query 1, document a: nan is not a finite number"),
+    ('{"1": {"a": "x"}}', "query 1, document a: 'x' is not a number"),
     ('{"1": [1]}', "query 1"),
     ('{"1": ', "line 1: Expecting value"),
 ])  # fmt: skip
@@ -757,12 +762,12 @@ def test_prepare_checks_row_counts_and_leaves_no_corpus_behind(tmp_path):
 
 def test_prepare_all_takes_every_task_of_a_benchmark(tmp_path):
     source = small_bright(tmp_path / "clone")
-    for task in evaluate.benchmark_table("bright"):
+    for task in evaluate.SIZES["bright"]:
         for part in ("documents", "examples", "gpt4_reason"):
             text = (source / part / "pony.jsonl").read_text()
             write(source / part / f"{task}.jsonl", text)
     _, out, _ = command("--prepare", "bright/all", "--source", source, "--out", tmp_path / "b", "--skip-checks")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(evaluate.benchmark_table("bright"))
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(evaluate.SIZES["bright"])
     assert len(out.splitlines()) == 24
 
 
@@ -853,11 +858,11 @@ def test_without_network_prepare_says_how_to_go_on(tmp_path):
 
 def test_published_means_equal_the_paper():
     """Averages that the paper prints (its tables) from the per-task figures that we store."""
-    bright = evaluate.published("bright", list(evaluate.benchmark_table("bright")))
+    bright = evaluate.published("bright", list(evaluate.SIZES["bright"]))
     printed = {"BM25": 27.0, "retriever": 32.9, "ERank-32B": 36.2, "ReasonRank-32B": 35.6,
                "GroupRank-7B": 34.3, "GroupRank-32B": 38.0}  # fmt: skip
     assert {name: row["mean"] for name, row in bright.items()} == pytest.approx(printed, abs=0.06)
-    r2med = evaluate.published("r2med", list(evaluate.benchmark_table("r2med")))
+    r2med = evaluate.published("r2med", list(evaluate.SIZES["r2med"]))
     printed = {"retriever": 42.9, "GroupRank-7B": 47.8, "GroupRank-32B": 52.3}
     assert {name: r2med[name]["mean"] for name in printed} == pytest.approx(printed, abs=0.06)
     beir = evaluate.published("beir", ["arguana", "dbpedia-entity", "nfcorpus", "nq", "scidocs"])
@@ -883,8 +888,8 @@ def test_the_table_says_everything_about_missing_queries_and_exclusions(small):
     _, out, _ = command("--qrels", qrels, "--run", small / "one.run", "--metrics", "ndcg@10", "p@1")
     # query 1: relevant document at rank 2; query 2: d is excluded, so c is first
     assert re.search(rf"^one +{50 * (1 / log2(3) + 1):.2f} +50.00$", out, re.M)
-    assert "one: 2 scored, 1 judged ones missing in the run, 1 of the run without judgements" in out
-    assert "1 excluded documents removed" in out
+    titles = ("queries", "scored", "missing in the run", "without judgements", "documents excluded")
+    assert re.search("^" + " +".join(titles) + r"\none +2 +1 +1 +1$", out, re.M)
 
 
 def test_json_holds_fractions_comparisons_and_ties(small):
@@ -895,8 +900,9 @@ def test_json_holds_fractions_comparisons_and_ties(small):
     # two: query 1 is perfect; in query 2, c and b tie and c comes first (ids descending); 3 is missing
     assert report["runs"]["two"]["ndcg@10"] == pytest.approx((1 + 1 + 0) / 3)
     assert report["runs"]["one"]["rbo"] == pytest.approx(2 / 3)  # equal to itself where it has a list
-    assert report["comparisons"][0]["queries"] == 3
-    assert report["ties"]["two"] | {"worst": 0, "expected": 0, "best": 0} == {
+    details = report["tasks"]["pony"]
+    assert details["comparisons"]["two - one, ndcg@10"]["queries"] == 3
+    assert details["ties"]["two"] | {"worst": 0, "expected": 0, "best": 0} == {
         "k": 10, "slots": 4, "decided": 2, "worst": 0, "expected": 0, "best": 0}  # fmt: skip
     assert report["published"]["GroupRank-32B"] == {"mean": 14.9, "pony": 14.9}
 
@@ -910,6 +916,18 @@ def test_options_that_change_the_numbers_are_named_in_the_output(small):
                         "--ignore-identical-ids", "--relevance-level", "2")  # fmt: skip
     for name in ("first-stage order", "exponential", "from grade 2", "--complete", "like their query ignored"):
         assert name in out
+
+
+def test_metrics_may_be_given_with_commas_as_well(small):
+    arguments = ("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run", "--metrics")
+    assert command(*arguments, "p@1,map", "mrr") == command(*arguments, "p@1", "map", "mrr")
+
+
+def test_an_optional_package_that_is_absent_is_named_with_its_pip_command(small):
+    code = ("import sys; sys.modules['matplotlib'] = None; sys.argv = ['evaluate.py', '--plot', 'x.jsonl']\n"
+            "import evaluate; evaluate.run_cli(evaluate.main)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=False)
+    assert done.returncode == 2 and done.stderr.rstrip().endswith("pip install matplotlib")
 
 
 def test_markdown_table(small):
