@@ -507,11 +507,11 @@ class BM25:
 
 MEASURES = {  # name -> f(ranked grades, judged grades, k, level, exponential)
     "ndcg": lambda g, j, k, level, exponential: ndcg(g, j, k, exponential=exponential),
-    "recall": lambda g, j, k, level, exponential: recall(g, j, k, level=level),
-    "p": lambda g, j, k, level, exponential: precision(g, k, level=level),
-    "map": lambda g, j, k, level, exponential: average_precision(g, j, k, level=level),
-    "mrr": lambda g, j, k, level, exponential: reciprocal_rank(g, k, level=level),
-    "success": lambda g, j, k, level, exponential: float(reciprocal_rank(g, k, level=level) > 0),
+    "recall": lambda g, j, k, level, _: recall(g, j, k, level=level),
+    "p": lambda g, j, k, level, _: precision(g, k, level=level),
+    "map": lambda g, j, k, level, _: average_precision(g, j, k, level=level),
+    "mrr": lambda g, j, k, level, _: reciprocal_rank(g, k, level=level),
+    "success": lambda g, j, k, level, _: float(reciprocal_rank(g, k, level=level) > 0),
 }
 METRIC = re.compile(r"(ndcg|recall|p|map|mrr|success|judged)(?:@0*([1-9]\d*))?|rbo(?:@(0?\.\d+))?")
 
@@ -755,8 +755,8 @@ def _load_beir(task, source, long):
     """BeIR/NAME with BeIR/NAME-qrels, or a BEIR folder; only the judged queries are kept."""
     folder = _fetch(f"BeIR/{task}", None, source)
     judged_in = _fetch(f"BeIR/{task}-qrels", ["test.tsv"], source)
-    names = (judged_in / "test.tsv", judged_in / "qrels" / "test.tsv")
-    qrels = read_qrels(names[0] if names[0].exists() else names[1])
+    apart = judged_in / "test.tsv"
+    qrels = read_qrels(apart if apart.exists() else judged_in / "qrels" / "test.tsv")
     rows = read_rows(folder, "queries")
     queries = {row["_id"]: row["text"] for row in rows if row["_id"] in qrels}
     rows = read_rows(folder, "corpus")
@@ -983,8 +983,9 @@ def print_reports(args, reports):
         print("\n" + table(first, rows, args.markdown))
     for report in reports.values():
         print("\n" + report["rules"])
-        for part in filter(report.get, ("queries", "ties", "comparisons")):
-            print("\n" + table(part, report[part], args.markdown))
+        titles = {"queries": "queries", "ties": "ndcg@k, all tie-breaks", "comparisons": "paired"}
+        for part in filter(report.get, titles):
+            print("\n" + table(titles[part], report[part], args.markdown))
 
 
 def build_parser():
