@@ -195,11 +195,11 @@ def sort_run(scores, ties="trec_eval"):
     ties="first-stage", equal scores keep the order of the dict. ValueError on nan and inf.
     """
     values, ids = as_float32(scores), list(scores)
-    order = np.argsort(-values, kind="stable")
-    ranked = values[order]
-    if ties == "trec_eval" and (ranked[1:] == ranked[:-1]).any():
-        return [doc for _, doc in sorted(zip(values.tolist(), ids, strict=True), reverse=True)]
-    return [ids[i] for i in order.tolist()]
+    if (values[1:] < values[:-1]).all():  # as most runs are written
+        return ids
+    if ties == "first-stage":
+        return [ids[i] for i in np.argsort(-values, kind="stable")]
+    return [doc for _, doc in sorted(zip(values.tolist(), ids, strict=True), reverse=True)]
 
 
 def minmax(values):
@@ -587,10 +587,13 @@ def tie_report(qrels, run, k=10, *, gain="linear", complete=False):
         shared = collections.Counter(scores)
         report["slots"] += len(scores[:k])
         report["decided"] += sum(shared[score] > 1 for score in scores[:k])
-        upwards = [value for _, value in sorted(top, key=lambda pair: (-pair[0], pair[1]))]
-        orders = {"worst": upwards, "expected": tie_averaged(scores, own), "best": own}
-        for order, ranked in orders.items():
-            report[order] += ndcg(ranked, gains.values(), k) / n_queries
+        worst = expected = best = ndcg(own, gains.values(), k)
+        if len(shared) < len(scores):
+            upwards = [value for _, value in sorted(top, key=lambda pair: (-pair[0], pair[1]))]
+            worst = ndcg(upwards, gains.values(), k)
+            expected = ndcg(tie_averaged(scores, own), gains.values(), k)
+        for order, value in (("worst", worst), ("expected", expected), ("best", best)):
+            report[order] += value / n_queries
     return report
 
 
