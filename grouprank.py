@@ -92,74 +92,139 @@ def setting(default, help: str, source: str, group: str, choices: tuple | None =
 @dataclass(frozen=True)
 class Config:
     """Every option of both commands. `source` says where a default comes from."""
-    model: str = setting("", "model folder or hub name; empty trains the embedded demo; with --endpoint the server's name for it", "ours: a first run needs no download", "input")
+    model: str = setting("",
+        "model folder or hub name; empty trains the embedded demo; with --endpoint the server's "
+        "name for it",
+        "ours: a first run needs no download", "input")
     data: str = setting("", "training rows (JSONL), or for --rerank a BEIR folder", "ours", "input")
-    eval_data: str = setting("", "held-out rows (JSONL) to evaluate on while training", "ours", "input")
-    out: str = setting("", "output folder (--train) or run file (--rerank); default runs/NAME, the first that is free", "ours", "output")
-    overwrite: bool = setting(False, "replace an output that exists", "ours: nothing is destroyed by default", "output")
-    resume: bool = setting(False, "continue the training in --out from its last checkpoint", "ours", "output")
+    eval_data: str = setting("", "held-out rows (JSONL) to evaluate on while training", "ours",
+        "input")
+    out: str = setting("",
+        "output folder (--train) or run file (--rerank); default runs/NAME, the first that is free",
+        "ours", "output")
+    overwrite: bool = setting(False, "replace an output that exists",
+        "ours: nothing is destroyed by default", "output")
+    resume: bool = setting(False, "continue the training in --out from its last checkpoint", "ours",
+        "output")
     seed: int = setting(0, "seed of every random stream", "ours", "input")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model", "ours: never without being asked", "input")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model",
+        "ours: never without being asked", "input")
 
-    prompt_file: str = setting("", "prompt template: system text, a line '---', user text with {query} {documents} {n}", "ours: the prompt is data", "prompt")
-    docs_per_group: int = setting(20, "documents in one prompt (c); a trained model's own value wins unless given", "paper Sec. 4: c = 20", "prompt")
-    max_doc_tokens: int = setting(1024, "tokens kept of each document", "ours: the released code keeps 3000 characters", "prompt")
-    max_prompt_tokens: int = setting(24000, "tokens of a prompt; longer ones have their documents shortened evenly", "paper Table 10: prompt <= 24,000", "prompt")
-    max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: response <= 8,000", "prompt")
+    prompt_file: str = setting("",
+        "prompt template: system text, a line '---', user text with {query} {documents} {n}",
+        "ours: the prompt is data", "prompt")
+    docs_per_group: int = setting(20,
+        "documents in one prompt (c); a trained model's own value wins unless given",
+        "paper Sec. 4: c = 20", "prompt")
+    max_doc_tokens: int = setting(1024, "tokens kept of each document",
+        "ours: the released code keeps 3000 characters", "prompt")
+    max_prompt_tokens: int = setting(24000,
+        "tokens of a prompt; longer ones have their documents shortened evenly",
+        "paper Table 10: prompt <= 24,000", "prompt")
+    max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: response <= 8,000",
+        "prompt")
 
-    stage: str = setting("both", "what to train", "paper Sec. 3.3: cold start, then RL", "training", ("sft", "grpo", "both"))
-    ablation: bool = setting(False, "demo only: also train the ablations of Table 3 and SFT alone for the same time", "paper Table 3", "training")
-    lora_rank: int = setting(32, "rank of the LoRA adapters on all linear layers; 0 trains all parameters", "paper Table 10: r 32", "training")
-    lora_alpha: float = setting(32.0, "LoRA scale numerator", "paper Table 10: alpha 32", "training")
-    grad_clip: float = setting(1.0, "largest norm of the gradient", "ours: TRL and verl use 1.0", "training")
-    weight_decay: float = setting(0.0, "AdamW weight decay", "ours: the paper is silent", "training")
-    max_tokens_per_pass: int = setting(32768, "tokens in one forward and backward pass", "ours: one full prompt and its answers", "training")
-    grad_checkpointing: str = setting("auto", "recompute activations in the backward pass; auto: on CUDA", "ours", "training", ("auto", "on", "off"))
-    shared_prompt: bool = setting(True, "run a prompt once for all its rollouts", "ours: exact, see the README", "training")
-    eval_every: int = setting(50, "optimizer steps between evaluations on held-out rows; 0: only at the end", "ours", "training")
-    save_every: int = setting(100, "optimizer steps between checkpoints; 0: none", "ours", "training")
+    stage: str = setting("both", "what to train", "paper Sec. 3.3: cold start, then RL", "training",
+        ("sft", "grpo", "both"))
+    ablation: bool = setting(False,
+        "demo only: also train the ablations of Table 3 and SFT alone for the same time",
+        "paper Table 3", "training")
+    lora_rank: int = setting(32,
+        "rank of the LoRA adapters on all linear layers; 0 trains all parameters",
+        "paper Table 10: r 32", "training")
+    lora_alpha: float = setting(32.0, "LoRA scale numerator", "paper Table 10: alpha 32",
+        "training")
+    grad_clip: float = setting(1.0, "largest norm of the gradient", "ours: TRL and verl use 1.0",
+        "training")
+    weight_decay: float = setting(0.0, "AdamW weight decay", "ours: the paper is silent",
+        "training")
+    max_tokens_per_pass: int = setting(32768, "tokens in one forward and backward pass",
+        "ours: one full prompt and its answers", "training")
+    grad_checkpointing: str = setting("auto",
+        "recompute activations in the backward pass; auto: on CUDA", "ours", "training",
+        ("auto", "on", "off"))
+    shared_prompt: bool = setting(True, "run a prompt once for all its rollouts",
+        "ours: exact, see the README", "training")
+    eval_every: int = setting(50,
+        "optimizer steps between evaluations on held-out rows; 0: only at the end", "ours",
+        "training")
+    save_every: int = setting(100, "optimizer steps between checkpoints; 0: none", "ours",
+        "training")
     keep: int = setting(2, "checkpoints kept", "ours", "training")
 
-    sft_epochs: float = setting(5.0, "passes over the rows that have a response", "paper Table 8: 5", "sft")
+    sft_epochs: float = setting(5.0, "passes over the rows that have a response",
+        "paper Table 8: 5", "sft")
     sft_lr: float = setting(3e-5, "peak learning rate", "paper Table 8: 3e-5", "sft")
-    sft_batch: int = setting(64, "sequences in an optimizer step", "ours: Table 8 has 2 a device x 4 accumulated, devices unsaid", "sft")
-    sft_warmup: float = setting(0.05, "share of the steps with a rising learning rate", "ours: the paper is silent", "sft")
-    sft_schedule: str = setting("cosine", "learning rate after the warm-up", "ours: the paper is silent", "sft", ("cosine", "linear", "constant"))
+    sft_batch: int = setting(64, "sequences in an optimizer step",
+        "ours: Table 8 has 2 a device x 4 accumulated, devices unsaid", "sft")
+    sft_warmup: float = setting(0.05, "share of the steps with a rising learning rate",
+        "ours: the paper is silent", "sft")
+    sft_schedule: str = setting("cosine", "learning rate after the warm-up",
+        "ours: the paper is silent", "sft", ("cosine", "linear", "constant"))
 
     grpo_epochs: float = setting(5.0, "passes over the rows", "paper Table 10: 5", "grpo")
     grpo_lr: float = setting(1e-5, "learning rate", "paper Table 10: 1e-5", "grpo")
-    grpo_warmup: float = setting(0.0, "share of the steps with a rising learning rate", "ours: the paper is silent", "grpo")
-    grpo_schedule: str = setting("constant", "learning rate after the warm-up", "ours: the paper is silent", "grpo", ("cosine", "linear", "constant"))
-    prompts_per_step: int = setting(64, "prompts in a rollout batch (B)", "paper Table 10: global batch 64, read as prompts", "grpo")
-    rollouts_per_prompt: int = setting(8, "answers sampled for each prompt (G)", "paper Table 10: 8", "grpo")
-    updates_per_batch: int = setting(1, "optimizer steps on one rollout batch", "paper Table 10: mini-batch = batch, so 1", "grpo")
-    clip_eps: float = setting(0.2, "clip range of the ratio; acts with more than one update", "ours: the usual 0.2, the paper is silent", "grpo")
-    kl_coef: float = setting(0.001, "weight of the KL divergence to the SFT model; 0 drops the reference", "paper Table 10: 0.001, low variance (k3)", "grpo")
-    advantage_eps: float = setting(1e-4, "added to the deviation of a prompt's rewards", "ours: TRL's value", "grpo")
-    recall_weight: float = setting(0.2, "weight of Recall@10 in the reward (gamma)", "paper Eq. 5: 0.2", "grpo")
-    align_weight: float = setting(0.1, "weight of 1 - JS in the reward (epsilon)", "paper Eq. 5: 0.1", "grpo")
-    ndcg_weight: float = setting(1.0, "weight of NDCG@10 in the reward; 0 is the ablation", "paper Eq. 5: 1", "grpo")
-    rbo_weight: float = setting(0.0, "weight of rank-biased overlap in the reward", "paper v1 has it, v3 does not: 0", "grpo")
-    relevance_level: int = setting(5, "gold score from which a document counts as relevant for recall", "ours: the paper is silent", "grpo")
+    grpo_warmup: float = setting(0.0, "share of the steps with a rising learning rate",
+        "ours: the paper is silent", "grpo")
+    grpo_schedule: str = setting("constant", "learning rate after the warm-up",
+        "ours: the paper is silent", "grpo", ("cosine", "linear", "constant"))
+    prompts_per_step: int = setting(64, "prompts in a rollout batch (B)",
+        "paper Table 10: global batch 64, read as prompts", "grpo")
+    rollouts_per_prompt: int = setting(8, "answers sampled for each prompt (G)",
+        "paper Table 10: 8", "grpo")
+    updates_per_batch: int = setting(1, "optimizer steps on one rollout batch",
+        "paper Table 10: mini-batch = batch, so 1", "grpo")
+    clip_eps: float = setting(0.2, "clip range of the ratio; acts with more than one update",
+        "ours: the usual 0.2, the paper is silent", "grpo")
+    kl_coef: float = setting(0.001,
+        "weight of the KL divergence to the SFT model; 0 drops the reference",
+        "paper Table 10: 0.001, low variance (k3)", "grpo")
+    advantage_eps: float = setting(1e-4, "added to the deviation of a prompt's rewards",
+        "ours: TRL's value", "grpo")
+    recall_weight: float = setting(0.2, "weight of Recall@10 in the reward (gamma)",
+        "paper Eq. 5: 0.2", "grpo")
+    align_weight: float = setting(0.1, "weight of 1 - JS in the reward (epsilon)",
+        "paper Eq. 5: 0.1", "grpo")
+    ndcg_weight: float = setting(1.0, "weight of NDCG@10 in the reward; 0 is the ablation",
+        "paper Eq. 5: 1", "grpo")
+    rbo_weight: float = setting(0.0, "weight of rank-biased overlap in the reward",
+        "paper v1 has it, v3 does not: 0", "grpo")
+    relevance_level: int = setting(5,
+        "gold score from which a document counts as relevant for recall",
+        "ours: the paper is silent", "grpo")
 
     run: str = setting("", "first-stage run file (TREC or JSON)", "ours", "rerank")
     query: str = setting("", "a query to rank --docs for", "ours", "rerank")
     docs: tuple[str, ...] = setting((), "text files to rank for --query", "ours", "rerank")
-    queries: str = setting("", "NAME of queries.NAME.jsonl to use instead of queries.jsonl", "ours", "rerank")
-    top_k: int = setting(100, "candidates reranked for each query", "paper Sec. 4: top 100", "rerank")
-    rounds: int = setting(1, "random regroupings whose scores are averaged (t)", "paper Sec. 4.5: 1; gains flatten after about 4", "rerank")
-    docs_stride: int = setting(0, "start a new group every so many documents; 0: groups do not overlap", "paper Eq. 1: disjoint; its users also run 10", "rerank")
-    fusion_weight: float = setting(0.0, "weight of the min-max first-stage score", "ours: 0 is the model alone", "rerank")
-    temperature: float = setting(0.3, "sampling temperature when reranking; 0 is greedy", "released script: 0.3", "rerank")
+    queries: str = setting("", "NAME of queries.NAME.jsonl to use instead of queries.jsonl", "ours",
+        "rerank")
+    top_k: int = setting(100, "candidates reranked for each query", "paper Sec. 4: top 100",
+        "rerank")
+    rounds: int = setting(1, "random regroupings whose scores are averaged (t)",
+        "paper Sec. 4.5: 1; gains flatten after about 4", "rerank")
+    docs_stride: int = setting(0,
+        "start a new group every so many documents; 0: groups do not overlap",
+        "paper Eq. 1: disjoint; its users also run 10", "rerank")
+    fusion_weight: float = setting(0.0, "weight of the min-max first-stage score",
+        "ours: 0 is the model alone", "rerank")
+    temperature: float = setting(0.3, "sampling temperature when reranking; 0 is greedy",
+        "released script: 0.3", "rerank")
     top_p: float = setting(0.8, "nucleus mass when reranking", "released script: 0.8", "rerank")
-    retries: int = setting(3, "further tries for a group whose answer is unusable", "ours", "rerank")
-    endpoint: str = setting("", "URL of an OpenAI-compatible server (…/v1); its key comes from OPENAI_API_KEY", "ours", "rerank")
+    retries: int = setting(3, "further tries for a group whose answer is unusable", "ours",
+        "rerank")
+    endpoint: str = setting("",
+        "URL of an OpenAI-compatible server (…/v1); its key comes from OPENAI_API_KEY", "ours",
+        "rerank")
     concurrency: int = setting(16, "requests in flight at an endpoint", "ours", "rerank")
-    timeout_s: float = setting(600.0, "seconds to wait for one answer of an endpoint", "ours", "rerank")
+    timeout_s: float = setting(600.0, "seconds to wait for one answer of an endpoint", "ours",
+        "rerank")
 
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", "machine")
-    precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16", "machine", ("auto", "fp32", "bf16", "fp16"))
-    cache_gib: float = setting(0.0, "memory for keys and values while decoding; 0: 40 % of the free CUDA memory, 1 GiB on CPU", "ours", "machine")
+    precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16",
+        "machine", ("auto", "fp32", "bf16", "fp16"))
+    cache_gib: float = setting(0.0,
+        "memory for keys and values while decoding; 0: 40 % of the free CUDA memory, 1 GiB on CPU",
+        "ours", "machine")
 
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
@@ -723,9 +788,16 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
             f"--model {path}: no model could be loaded ({first_line(error)});"
             " give a folder that save_pretrained wrote, or a name on the hub") from None
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
-    if machine.device.type == "cpu" and model.num_parameters() < 5_000_000:
-        torch.set_num_threads(1)  # threads of such small matrices wait more than they work
     return model.to(machine.device)
+
+
+def spare_threads(model) -> None:
+    """One compute thread for a tiny model on a CPU: more would wait for each other, not work.
+
+    Called by the commands only; a program that imports this file keeps its own setting.
+    """
+    if model.device.type == "cpu" and model.num_parameters() < 5_000_000:
+        torch.set_num_threads(1)
 
 
 def first_line(error: BaseException) -> str:
@@ -2037,21 +2109,21 @@ def claim_output(cfg: Config, name: str) -> Path:
         raise ValueError("--resume needs --out, the folder of the run to continue")
     tries = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in range(1, 10_000))
     out = Path(cfg.out) if cfg.out else next(path for path in tries if not path.exists())
-    is_run = (out / "run.json").is_file()
+    is_run = (out / "run.json").is_file()  # a demo that was stopped early has its data only
     if cfg.resume and not is_run:
         raise ValueError(f"{out} holds no training run to continue (no run.json)")
     if out.is_dir() and any(out.iterdir()) and not cfg.resume:
         if not cfg.overwrite:
             raise ValueError(f"{out} exists: give another --out, --resume to continue it,"
                              " or --overwrite")
-        if not is_run:
+        if not is_run and not (out / "demo").is_dir():
             raise ValueError(f"{out} was not written by --train; delete it yourself if you mean to")
     return out
 
 
 def clear_output(cfg: Config, out: Path) -> None:
     """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
-    if cfg.overwrite and (out / "run.json").is_file():
+    if cfg.overwrite and out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -2112,12 +2184,15 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     eval_rows = [row for row in eval_rows if row.scores is not None]
     eval_items, _ = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
     record_run(cfg, prompt, out)
+    spare_threads(model)
     why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
     share_prompts(model, not why_not)
     if why_not:
         print(f"note: prompts are run once for each answer: {why_not}")
     job = Job(cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not)
     describe_job(job, encoder, counts)
+    if sft_done and (state := last_state(out / "checkpoints", "sft")):
+        job.best, job.seconds = state["best"], state["seconds"]
     if cfg.stage in ("sft", "both") and not sft_done:
         set_up_training(model, cfg, machine)
         run_sft(job)
@@ -2498,6 +2573,8 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
             print(f"note: {n} {note}")
     n_docs = sum(len(query.ids) for query in queries)
     backend = load_backend(cfg)
+    if isinstance(backend, LocalModel):
+        spare_threads(backend.model)
     where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
     print(f"rerank: {len(queries)} queries, {n_docs} documents, groups of {cfg.docs_per_group},"
           f" {cfg.rounds} round(s), model {cfg.model} on {where}, prompt {prompt.hash}", flush=True)
@@ -2579,7 +2656,10 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
         if not text:
             raise ValueError(f"{name} is empty: give it text or leave it out")
         texts.append(text)
-    ranker = GroupRanker(load_backend(cfg), prompt, cfg)
+    backend = load_backend(cfg)
+    if isinstance(backend, LocalModel):
+        spare_threads(backend.model)
+    ranker = GroupRanker(backend, prompt, cfg)
     ranking, counts = ranker.rank_with_reasons(cfg.query, texts)
     print(f"\nquery: {cfg.query}\n\nrank  score  document")
     for place, i in enumerate(ranking.order, 1):
@@ -2764,31 +2844,31 @@ DEMO_ROWS = {"sft": 16_000, "grpo": 2_000, "dev": 64}
 DEMO_QUERIES, DEMO_CANDIDATES = 100, 24
 
 
-def write_demo(folder: Path, world: DemoWorld, seed: int) -> None:
+def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
     """Write the demo's collection, first-stage run, training rows and untrained model."""
     corpus, queries, qrels = world.collection(DEMO_QUERIES, DEMO_CANDIDATES)
     evaluate.write_collection(folder, corpus, queries, qrels)
     run = {}
     for qid, query in queries.items():
         ids = list(qrels[qid])
-        random.Random(f"{qid} {seed}").shuffle(ids)  # BM25 ties must not follow the labels
+        random.Random(f"{qid} {cfg.seed}").shuffle(ids)  # BM25 ties must not follow the labels
         scores = evaluate.BM25([corpus[d] for d in ids]).scores(query)
         order = np.argsort(-scores, kind="stable")
         run[qid] = [(ids[i], float(scores[i])) for i in order]
     evaluate.write_run(folder / "first.run", run, tag="bm25")
     for kind, n_rows in DEMO_ROWS.items():
-        rng = random.Random(f"{kind} {seed}")
-        n_docs = DEMO_SETTINGS["docs_per_group"]
-        rows = (world.row(rng, f"{kind}-{i}", n_docs, kind=kind) for i in range(n_rows))
+        rng = random.Random(f"{kind} {cfg.seed}")
+        rows = (world.row(rng, f"{kind}-{i}", cfg.docs_per_group, kind=kind)
+                for i in range(n_rows))
         name = "dev.jsonl" if kind == "dev" else "train.jsonl"
         with open(folder / name, "a" if kind == "grpo" else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     example = folder / "example"  # the first held-out query's first documents, as text files
     example.mkdir(exist_ok=True)
-    for number, doc in enumerate(list(qrels["q0"])[: DEMO_SETTINGS["docs_per_group"]], 1):
+    for number, doc in enumerate(list(qrels["q0"])[: cfg.docs_per_group], 1):
         (example / f"{number}.txt").write_text(corpus[doc] + "\n", encoding="utf-8")
     tokenizer = demo_tokenizer(world)
-    demo_model(tokenizer, seed).save_pretrained(folder / "untrained")
+    demo_model(tokenizer, cfg.seed).save_pretrained(folder / "untrained")
     tokenizer.save_pretrained(folder / "untrained")
 
 
@@ -2819,9 +2899,10 @@ def train_demo(given: dict) -> None:
     folder, world = out / "demo", DemoWorld(cfg.seed)
     if not (cfg.resume and (folder / "train.jsonl").exists()):
         clear_output(cfg, out)
-        write_demo(folder, world, cfg.seed)
-    cfg = dataclasses.replace(cfg, model=str(folder / "untrained"),
-                              data=str(folder / "train.jsonl"), eval_data=str(folder / "dev.jsonl"))
+        write_demo(folder, world, cfg)
+    cfg = dataclasses.replace(
+        cfg, model=str(folder / "untrained"), data=str(folder / "train.jsonl"),
+        eval_data=str(folder / "dev.jsonl"), overwrite=False)  # what was there is gone by now
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     job = train(cfg, prompt, out)
     qrels = evaluate.read_qrels(folder / "qrels" / "test.tsv")

@@ -151,6 +151,16 @@ def test_a_failed_run_leaves_no_output(place, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_overwrite_replaces_an_old_run_and_the_demo_survives_its_own_overwriting(tmp_path):
+    for arguments in ([], ["--overwrite"]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grouprank, "DEMO_ROWS", {"sft": 16, "grpo": 8, "dev": 2})
+            patch.setattr(grouprank, "DEMO_QUERIES", 1)
+            grouprank.main(["--train", "--out", str(tmp_path / "run"), "--device", "cpu", *arguments])
+        assert (tmp_path / "run" / "results.json").exists()
+        (tmp_path / "run" / "results.json").unlink()
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demo's whole command with a tenth of its training: the same path, minutes less."""
