@@ -49,6 +49,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -234,6 +235,11 @@ class Config:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
+        for name in ("seed", "retries", "lora_rank", "lora_alpha", "sft_lr", "grpo_lr", "kl_coef",
+                     "cache_gib", "eval_every", "save_every", "weight_decay", "clip_eps",
+                     "advantage_eps", "timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
         if self.rollouts_per_prompt < 2:
             raise ValueError(
                 f"{flag('rollouts_per_prompt')} must be at least 2, got {self.rollouts_per_prompt}:"
@@ -322,19 +328,24 @@ def read_prompt(path: str) -> Prompt:
         raise ValueError(f"{path}: {error}") from None
 
 
-_BRACKETED = re.compile(r"[\[［【]\s{0,9}(\d{1,9})\s{0,9}[\]］】]")
+_GAP = r"[\s\u200c\u200d]{0,9}"
+_BRACKETED = re.compile(rf"[\[［【]{_GAP}(\d{{1,9}}){_GAP}[\]］】]")
 _TAGS = re.compile(r"<\s{0,9}(/?)\s{0,9}(reason|answer|think)\s{0,9}>", re.IGNORECASE)
-# Control characters except tab and newline, invisible format characters, lone surrogates.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+# Control and format characters; kept: tab, newline, and the joiners that Persian and emoji need.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
+_BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # form feeds and the like: PDF text has them
 
 
 def defuse(text: str) -> str:
     """Make a query or document unable to pose as a part of the prompt or of an answer.
 
     Bracketed numbers become (3), the answer's tags become (answer), invisible and control
-    characters vanish and lone surrogates become '?'. Ordinary text is returned unchanged.
+    characters vanish, every kind of line break becomes a newline and lone surrogates become '?'.
+    Other text is returned unchanged.
     """
-    text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
+    text = _BREAKS.sub("\n", text.encode("utf-8", "replace").decode("utf-8"))
     text = _UNSEEN.sub("", text)
     text = _BRACKETED.sub(r"(\1)", text)
     return _TAGS.sub(r"(\1\2)", text)
@@ -445,13 +456,13 @@ class PromptEncoder:
         gap = self._fixed("\n\n") if len(texts) > 1 else []
         fixed = sum(len(p) for p in frame if not isinstance(p, str)) + len(query_ids)
         fixed += sum(map(len, numbers)) + len(gap) * (len(texts) - 1)
-        limit = min(self.max_doc_tokens,
-                    even_limit([len(d) for d in documents], self.max_prompt_tokens - fixed))
-        if limit < 1:
+        budget = self.max_prompt_tokens - fixed
+        limit = min(self.max_doc_tokens, even_limit([len(d) for d in documents], budget))
+        if budget < len(texts):
             raise ValueError(
                 f"a prompt of {self.max_prompt_tokens} tokens has no room for {len(texts)}"
                 f" documents: instructions and query take {fixed};"
-                " use fewer documents per group or a longer context")
+                " shorten the query, use fewer documents per group, or a longer context")
         block: list[int] = []
         for i, (number, document) in enumerate(zip(numbers, documents, strict=True)):
             block += (gap if i else []) + number + document[:limit]
@@ -489,12 +500,12 @@ class Answer:
     scores: list[int | None] | None  # per document, None where unusable; None when nothing was read
     status: str  # one of STATUSES
     reason: str = ""
+    invented: bool = False  # whether it scores documents that were not asked for
 
     @property
     def complete(self) -> bool:
-        """Whether a reranker can take the answer as it is: every document once, with a score."""
-        fine = self.status in ("ok", TAG_FAULT, JSON_FAULT)
-        return fine and self.scores is not None and None not in self.scores
+        """Whether a reranker can take the answer as it is: every document once, and no other."""
+        return self.scores is not None and None not in self.scores and not self.invented
 
 
 def parse_answer(text: str, n_docs: int) -> Answer:
@@ -523,7 +534,7 @@ def parse_answer(text: str, n_docs: int) -> Answer:
         return Answer(None, JSON_FAULT if tags_ok else TAG_FAULT, reason)
     scores, fault = read_scores(pairs, n_docs)
     status = fault if json_ok else JSON_FAULT
-    return Answer(scores, status if tags_ok else TAG_FAULT, reason)
+    return Answer(scores, status if tags_ok else TAG_FAULT, reason, fault == "out_of_range")
 
 
 class _Pairs(tuple):
@@ -788,7 +799,9 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
             f"--model {path}: no model could be loaded ({first_line(error)});"
             " give a folder that save_pretrained wrote, or a name on the hub") from None
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
-    return model.to(machine.device)
+    model = model.to(machine.device).eval()
+    check_head(model)
+    return model
 
 
 def spare_threads(model) -> None:
@@ -1029,6 +1042,21 @@ def supports_shared_prompt(model) -> str:
     if not getattr(model, "_supports_attention_backend", False):
         return "its code does not take another attention function"
     return ""
+
+
+@torch.no_grad()
+def check_head(model) -> None:
+    """Refuse models that scale or cap their logits after the head: we apply the head ourselves.
+
+    Otherwise sampling and training would silently use another distribution than the model's.
+    """
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids).logits.float()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    gap = (model.get_output_embeddings()(hidden).float() - expected).abs().max().item()
+    if not gap <= 1e-2 * (1 + expected.abs().max().item()):
+        raise ValueError(f"{type(model).__name__} changes its logits after the head"
+                         " (scaling or soft-capping), which is not supported")
 
 
 def share_prompts(model, on: bool) -> None:
@@ -1278,13 +1306,18 @@ def cache_bytes_per_token(model) -> int:
 
 
 def plan_waves(prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int,
-               budget_tokens: int) -> list[list[int]]:
-    """Group prompts, longest first, so that the padded cache of a wave fits the budget."""
+               budget_tokens: int, shared: bool = True) -> list[list[int]]:
+    """Group prompts, longest first, so that the padded cache of a wave fits the budget.
+
+    Shared, a prompt is cached once; otherwise once for each of its answers.
+    """
+    copies = 1 if shared else n_answers
     waves: list[list[int]] = []
     for b in sorted(range(len(prompt_tokens)), key=lambda b: -prompt_tokens[b]):
         if waves:
             longest = prompt_tokens[waves[-1][0]]
-            if (len(waves[-1]) + 1) * (longest + n_answers * max_new_tokens) <= budget_tokens:
+            each = copies * longest + n_answers * max_new_tokens
+            if (len(waves[-1]) + 1) * each <= budget_tokens:
                 waves[-1].append(b)
                 continue
         waves.append([b])
@@ -1305,7 +1338,7 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[t
     budget = int(cache_gib * 2**30 / cache_bytes_per_token(model))
     n_answers = len(seeds[0])
     answers: list[list[list[int]]] = [[] for _ in prompts]
-    for wave in plan_waves([len(p) for p in prompts], n_answers, max_new_tokens, budget):
+    for wave in plan_waves(list(map(len, prompts)), n_answers, max_new_tokens, budget, shared):
         streams = [random_stream(seed, max_new_tokens) for b in wave for seed in seeds[b]]
         uniforms = torch.from_numpy(np.stack(streams)).to(model.device)
 
@@ -1608,7 +1641,7 @@ def last_state(folder: Path, stage: str) -> dict | None:
     for path in sorted(folder.glob(f"{stage}-*.pt"), reverse=True):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             print(f"note: {path} is unreadable ({first_line(error)}); trying the one before it")
     return None
 
@@ -1689,6 +1722,7 @@ class Job:
     items: list[Item]
     eval_items: list[Item]
     shared: bool = True  # whether prompts are run once; may be switched off by the self-check
+    checked: bool = False  # whether this process has compared packed and separate rows
     best: float = -math.inf  # best held-out NDCG@10 so far
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -1910,8 +1944,6 @@ def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimize
 def run_sft(job: Job) -> None:
     """Supervised cold start on the rows that have a response."""
     items = [item for item in job.items if item.response is not None]
-    if not items:
-        raise ValueError(f'{job.cfg.data}: no row has a "response" for SFT; use --stage grpo')
     cfg = job.cfg
     n_steps = math.ceil(cfg.sft_epochs * len(items) / cfg.sft_batch)
     print(f"sft: {len(items)} rows, {n_steps} steps of {cfg.sft_batch} sequences", flush=True)
@@ -1935,7 +1967,12 @@ class RolloutBatch:
 def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
     """Sample G answers to each prompt at temperature 1 and reward them."""
     cfg, ends = job.cfg, set(job.end_ids)
-    seeds = [[(cfg.seed, step, i.id, g) for g in range(cfg.rollouts_per_prompt)] for i in items]
+    seeds, seen = [], Counter()
+    for item in items:  # a row that comes twice in a batch of few rows draws other answers
+        first = seen[item.id] * cfg.rollouts_per_prompt
+        numbers = range(first, first + cfg.rollouts_per_prompt)
+        seeds.append([(cfg.seed, step, item.id, number) for number in numbers])
+        seen[item.id] += 1
     completions = job.answer(items, seeds)
     texts = [[decode_text(job.tokenizer, ids) for ids in row] for row in completions]
     truncated = np.array([[ids[-1] not in ends for ids in row] for row in completions])
@@ -2045,7 +2082,7 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
     totals = [[r.total for r in row] for row in batch.rewards]
     advantages = relative_advantages(totals, cfg.advantage_eps)
     passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
-    if step == 0 and job.shared:
+    if job.shared and not job.checked:
         check_shared_prompt(job, policy, passes)
         passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
     lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
@@ -2078,7 +2115,7 @@ def check_shared_prompt(job: Job, policy: Policy, passes: list[Pass]) -> None:
     gap = (packed - rows).abs().mean().item()
     # Half precision rounds every matrix product, and the two paths reduce in different orders.
     tolerance = 1e-4 if job.machine.dtype == torch.float32 else 5e-2
-    job.shared = gap <= tolerance
+    job.shared, job.checked = gap <= tolerance, True
     share_prompts(job.model, job.shared)
     if not job.shared:
         print(f"note: packed and separate rows differ by {gap:.2g} a token; prompts are not shared")
@@ -2088,8 +2125,6 @@ def run_grpo(job: Job) -> None:
     """Reinforcement learning on the rows that have gold scores, from the model as it is."""
     cfg = job.cfg
     items = [item for item in job.items if item.gold is not None]
-    if not items:
-        raise ValueError(f'{cfg.data}: no row has "scores", which GRPO needs; use --stage sft')
     n_steps = math.ceil(cfg.grpo_epochs * len(items) / cfg.prompts_per_step)
     print(f"grpo: {len(items)} rows, {n_steps} steps of {cfg.prompts_per_step} prompts x"
           f" {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch} update(s) each",
@@ -2129,7 +2164,8 @@ def clear_output(cfg: Config, out: Path) -> None:
 
 
 # Settings that may differ between the parts of one run without changing its result.
-FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "eval_data", "device"}
+FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "eval_data", "device",
+                  "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "ablation"}
 
 
 def record_run(cfg: Config, prompt: Prompt, out: Path) -> None:
@@ -2181,8 +2217,8 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
                             max_prompt_tokens=fit_context(model, cfg))
     items, counts = encode_rows(rows, encoder, prompt, cfg.max_new_tokens)
-    eval_rows = [row for row in eval_rows if row.scores is not None]
     eval_items, _ = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
+    check_run(cfg, out, items, [row.id for row in eval_rows if row.scores is None])
     record_run(cfg, prompt, out)
     spare_threads(model)
     why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
@@ -2199,6 +2235,9 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
         # GRPO's reference is the SFT model: with LoRA, that is the merged one.
         merge_lora(model)
         save_model(model, tokenizer, out / "sft", describe_model(job, "sft", 0))
+        # Go on from exactly what was saved, as a resumed run will.
+        for weight in model.parameters():
+            weight.data = weight.data.to(model.stored_dtype).to(weight.dtype)
     if cfg.stage in ("grpo", "both"):
         set_up_training(model, cfg, machine)
         run_grpo(job)
@@ -2210,6 +2249,23 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     job.seconds["train"] = time.perf_counter() - started
     print(f"wrote the model to {out} in {clock(job.seconds['train'])}")
     return job
+
+
+def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_scores) -> None:
+    """Find what would fail later, before an old output goes and before hours of training."""
+    if cfg.stage in ("sft", "both") and all(item.response is None for item in items):
+        raise ValueError(f'{cfg.data}: no row has a "response" for SFT; use --stage grpo')
+    if cfg.stage in ("grpo", "both") and all(item.gold is None for item in items):
+        raise ValueError(f'{cfg.data}: no row has "scores", which GRPO needs; use --stage sft')
+    if eval_ids_without_scores:
+        raise ValueError(f'{cfg.eval_data}: row {eval_ids_without_scores[0]!r} has no "scores",'
+                         " which an evaluation needs")
+    inside = [name for name in (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file)
+              if name and out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents)]
+    if cfg.overwrite and inside:
+        raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("training runs on one device: start it with python, not torchrun")
 
 
 def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
@@ -2323,7 +2379,12 @@ class LocalModel:
         """Answer all chats, longest first, in batches that fit the cache budget."""
         if not chats:
             return []
-        prompts = [self.encoder.encode(c.prompt, c.query, c.texts)[0] for c in chats]
+        prompts = []
+        for chat in chats:
+            try:
+                prompts.append(self.encoder.encode(chat.prompt, chat.query, chat.texts)[0])
+            except ValueError as error:
+                raise ValueError(f"query {chat.query[:80]!r}: {error}") from None
         ends = end_token_ids(self.model, self.tokenizer)
         with self.machine.autocast():
             answers = generate(self.model, prompts, [[chat.seed] for chat in chats], end_ids=ends,
@@ -2367,7 +2428,7 @@ class Endpoint:
     def ask(self, chat: Chat, temperature: float, top_p: float) -> Completion:
         """One request, tried again with growing pauses on 429, 5xx, time-outs, lost connections."""
         body = {"model": self.model, "temperature": temperature, "top_p": top_p,
-                "messages": chat_messages(chat.prompt, chat.query, chat.texts),
+                "messages": chat_messages(chat.prompt, chat.query, self.shorten(chat.texts)),
                 "max_tokens": self.cfg.max_new_tokens,
                 "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF}
         jitter = random.Random(repr(chat.seed))
@@ -2377,7 +2438,9 @@ class Endpoint:
                 return self.post(body)
             except urllib.error.HTTPError as error:
                 with error:
-                    detail = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+                    words = error.read(300).decode("utf-8", "replace")
+                key = os.environ.get("OPENAI_API_KEY") or "\0"  # some servers repeat it
+                detail = f"HTTP {error.code}: {words.replace(key, '***')}"
                 if error.code in self.FATAL:
                     raise ValueError(f"{self.url} answered {detail}") from None
                 if error.code != 429 and error.code < 500:
@@ -2390,6 +2453,10 @@ class Endpoint:
             if attempt + 1 < self.tries:
                 time.sleep(wait_s)
         return Completion("", error=f"{detail} ({self.tries} tries)")
+
+    def shorten(self, texts: Sequence[str]) -> list[str]:
+        """Cut documents at --max-doc-tokens, taken as four characters each: the server tokenises."""
+        return [text[: 4 * self.cfg.max_doc_tokens] for text in texts]
 
     def post(self, body: dict) -> Completion:
         """Send one request; the key comes from OPENAI_API_KEY. Raises where the answer is none."""
@@ -2468,6 +2535,7 @@ def count_answer(completion: Completion, n_docs: int, counts: Counter) -> Answer
     counts["completion tokens"] += completion.completion_tokens
     if completion.error:
         counts["errors"] += 1
+        counts[f"error: {completion.error[:200]}"] += 1
         return Answer(None, TAG_FAULT)
     answer = parse_answer(completion.text, n_docs)
     counts[answer.status] += 1
@@ -2489,6 +2557,9 @@ def rank_queries(backend: Backend, prompt: Prompt, queries: Sequence[Candidates]
             batch = groups[start : start + GROUPS_PER_BATCH]
             ask_groups(backend, prompt, batch, cfg, counts, progress)
     rankings = [pool_scores(q, planned, cfg) for q, planned in zip(queries, groups_of, strict=True)]
+    if counts["calls"] and counts["errors"] == counts["calls"]:
+        worst = next(key for key in counts if key.startswith("error: "))
+        raise ValueError(f"none of {counts['calls']} calls was answered; the first {worst}")
     counts["unscored documents"] += sum(ranking.means.count(None) for ranking in rankings)
     return rankings
 
@@ -2577,7 +2648,8 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
         spare_threads(backend.model)
     where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
     print(f"rerank: {len(queries)} queries, {n_docs} documents, groups of {cfg.docs_per_group},"
-          f" {cfg.rounds} round(s), model {cfg.model} on {where}, prompt {prompt.hash}", flush=True)
+          f" {cfg.rounds} round(s), {sum(len(plan_query(q, cfg)) for q in queries)} calls,"
+          f" model {cfg.model} on {where}, prompt {prompt.hash}", flush=True)
     counts: Counter = Counter()
     started = time.perf_counter()
     rankings = rank_queries(backend, prompt, queries, cfg, counts, show_progress=True)
@@ -2603,7 +2675,8 @@ def describe_counts(counts: Counter) -> str:
     return (f"{counts['calls']} answers: {counts['ok']} ok"
             + "".join(f", {fault}" for fault in faults)
             + f"; {counts['failed groups']} groups unusable after all tries,"
-            f" {counts['unscored documents']} documents kept their first-stage place")
+            f" {counts['unscored documents']} documents kept their first-stage place"
+            + "".join(f"\n{n} x {key}" for key, n in counts.items() if key.startswith("error: ")))
 
 
 class GroupRanker:
@@ -2897,13 +2970,14 @@ def train_demo(given: dict) -> None:
     cfg = Config(**(DEMO_SETTINGS | given))
     out = claim_output(cfg, "demo")
     folder, world = out / "demo", DemoWorld(cfg.seed)
+    prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
+    pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
     if not (cfg.resume and (folder / "train.jsonl").exists()):
         clear_output(cfg, out)
         write_demo(folder, world, cfg)
     cfg = dataclasses.replace(
         cfg, model=str(folder / "untrained"), data=str(folder / "train.jsonl"),
         eval_data=str(folder / "dev.jsonl"), overwrite=False)  # what was there is gone by now
-    prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     job = train(cfg, prompt, out)
     qrels = evaluate.read_qrels(folder / "qrels" / "test.tsv")
     # One score for all documents, each order of the tie equally likely: the expectation, exactly.
@@ -2919,11 +2993,12 @@ def train_demo(given: dict) -> None:
         spread = run_ablations(cfg, prompt, out, job.seconds, table)
     seconds = {name: round(s, 1) for name, s in job.seconds.items()}
     seconds["total"] = round(time.perf_counter() - started, 1)
-    results = {"ndcg@10": {name: round(x, 4) for name, x in table.items()}, "seconds": seconds}
+    results = {"ndcg@10": {name: round(x, 4) for name, x in table.items()}, "seconds": seconds,
+               "seed": cfg.seed}
     if cfg.ablation:
         results["spread"] = {name: round(x, 4) for name, x in spread.items()}
     with evaluate.open_atomic(out / "results.json") as file:
-        json.dump(results | {"seed": cfg.seed, "versions": provenance()}, file, indent=2)
+        json.dump(results | {"versions": provenance()}, file, indent=2)
     print_demo_table(results, out)
 
 
@@ -2976,8 +3051,8 @@ def print_demo_table(results: dict, out: Path) -> None:
         print(f"spread of a document's scores over four groupings, {name}: {x:.4f}")
     print(f"{clock(results['seconds']['total'])} in all; numbers in {out / 'results.json'}")
     query = next(iter(evaluate.read_collection(out / "demo").queries.values()))
-    print(f"try: python grouprank.py --rerank --model {out} --query '{query}'"
-          f" --docs {out}/demo/example/*.txt")
+    print(f"try: python grouprank.py --rerank --model {out} --seed {results['seed']}"
+          f" --query '{query}' --docs {out}/demo/example/*.txt")
 
 
 # --- Command line ---------------------------------------------------------------------------------

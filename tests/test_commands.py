@@ -43,11 +43,14 @@ def place(tmp_path_factory):
     """A tiny model, a collection and a run."""
     root = tmp_path_factory.mktemp("commands")
     save_tiny_model(root / "model", vocab_size=300, context=512)
+    save_tiny_model(root / "roomy", vocab_size=300, context=4096)
     evaluate.write_collection(root / "beir", {"a": "A", "b": "B"}, {"q": "Q"}, {"q": {"a": 1}})
     evaluate.write_run(root / "first.run", {"q": [("b", 2.0), ("a", 1.0)]})
     evaluate.write_run(root / "unknown.run", {"q": [("b", 2.0), ("zebra", 1.0)]})
     evaluate.write_run(root / "foreign.run", {"other": [("b", 2.0)]})
     write_rows(root / "rows.jsonl", [good_row()])
+    write_rows(root / "sft.jsonl", [good_row(scores=None)])
+    write_rows(root / "grpo.jsonl", [good_row(response=None)])
     (root / "empty.txt").write_text("")
     (root / "some.txt").write_text("some")
     return root
@@ -96,6 +99,12 @@ def test_repeated_row_ids_are_named_with_both_lines(place, tmp_path):
         ("--train --model {p}/model --data {p}/rows.jsonl --max-new-tokens 600", "no room for"),
         ("--train --model {p}/model --data {p}/rows.jsonl --max-new-tokens 500", "no room for 2"),
         ("--train --model {p}/model --data {p}/rows.jsonl --rollouts-per-prompt 1", "at least 2"),
+        ("--train --model {p}/model --data {p}/rows.jsonl --lora-rank -1", "--lora-rank must not be"),
+        ("--rerank --model {p}/model --retries -1 --query x --docs {p}/some.txt", "--retries must not"),
+        ("--train --model {p}/roomy --data {p}/sft.jsonl --max-new-tokens 99 --out {o}", 'no row has "scores"'),
+        ("--train --model {p}/roomy --data {p}/grpo.jsonl --max-new-tokens 99 --out {o}", 'no row has a "resp'),
+        ("--train --model {p}/roomy --data {p}/rows.jsonl --eval-data {p}/sft.jsonl --max-new-tokens 99"
+         " --out {o}", "row 'r1' has no \"scores\""),
         ("--train --model {p}/model --data {p}/rows.jsonl --device tpu", "not a device"),
         ("--rerank --data {p}/beir --run {p}/first.run --out {o}", "needs --model"),
         ("--rerank --model {p}/model", "needs --data and --run, or --query and --docs"),
@@ -142,6 +151,28 @@ def test_nothing_that_exists_is_overwritten(place, tmp_path, monkeypatch, capsys
     assert (keep / "thesis.txt").read_text() == "years of work"
 
 
+def test_bad_input_never_costs_an_old_run(place, tmp_path, monkeypatch, capsys):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "run.json").write_text("{}")
+    (old / "model.safetensors").write_text("weights")
+    train = ["--train", "--model", place / "roomy", "--max-new-tokens", 99, "--out", old, "--overwrite"]
+    for data, message in ((place / "sft.jsonl", "no row has"), (place / "none", "none")):
+        status, _, err = run_main(monkeypatch, capsys, *train, "--data", data)
+        assert status == 2 and message in err
+    (old / "rows.jsonl").write_text((place / "rows.jsonl").read_text())
+    status, _, err = run_main(monkeypatch, capsys, *train, "--data", old / "rows.jsonl")
+    assert status == 2 and "--overwrite would delete" in err
+    demo = ["--train", "--out", old, "--overwrite"]
+    for wrong in (["--prompt-file", "none.txt"], ["--device", "tpu"]):
+        status, _, err = run_main(monkeypatch, capsys, *demo, *wrong)
+        assert status == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run_main(monkeypatch, capsys, *train, "--data", place / "rows.jsonl")
+    assert status == 2 and "not torchrun" in err
+    assert (old / "model.safetensors").read_text() == "weights"
+
+
 def test_a_failed_run_leaves_no_output(place, tmp_path, monkeypatch, capsys):
     """The folder would make the same command fail a second time for another reason."""
     arguments = ["--train", "--model", place / "model", "--data", place / "none.jsonl", "--out"]
@@ -166,7 +197,7 @@ def demo(tmp_path_factory):
     """The demo's whole command with a tenth of its training: the same path, minutes less."""
     out = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouprank, "DEMO_ROWS", {"sft": 640, "grpo": 32, "dev": 8})
+        patch.setattr(grouprank, "DEMO_ROWS", {"sft": 1600, "grpo": 32, "dev": 8})
         patch.setattr(grouprank, "DEMO_QUERIES", 10)
         grouprank.main(["--train", "--out", str(out), "--device", "cpu"])
     return out
@@ -179,7 +210,7 @@ def test_the_demo_writes_results_models_and_logs(demo):
     assert results["seconds"].keys() == {"sft", "grpo", "train", "total"}
     lines = [json.loads(line) for line in (demo / "metrics.jsonl").open()]
     steps = [(line["stage"], line["step"]) for line in lines if "grad_norm" in line]
-    assert steps == [("sft", i) for i in range(1, 41)] + [("grpo", i) for i in range(1, 5)]
+    assert steps == [("sft", i) for i in range(1, 101)] + [("grpo", i) for i in range(1, 5)]
     grpo = lines[-2]
     assert {"reward", "reward/ndcg", "reward/recall", "reward/alignment", "format_ok", "kl",
             "entropy", "completion_tokens", "truncated", "zero_spread", "grad_norm", "lr",
@@ -207,15 +238,21 @@ def test_a_query_and_files_print_a_ranked_table_with_reasons(demo, capsys):
     query = next(iter(evaluate.read_collection(demo / "demo").queries.values()))
     grouprank.main(["--rerank", "--model", str(demo), "--query", query, "--docs", *files])
     out = capsys.readouterr().out
-    assert f"query: {query}" in out and "rank  score  document" in out and "reasoning over [1]" in out
+    assert f"query: {query}" in out and "rank  score  document" in out
+    assert out.index("reasoning over [1]") < out.index(f"[6] {query.split()[0]} ")  # a readable one
+    assert "; 0 groups unusable" in out
     assert all(out.count(f"{name}: ") == 1 for name in files)
 
 
 def test_the_python_interface_ranks_with_the_demo_model(demo):
     ranker = grouprank.GroupRanker.from_pretrained(demo, device="cpu")
-    rows = ranker.rank("heart lung sun", ["cardiac neural tide", "wolf solar"], return_documents=True)
-    assert sorted(row["corpus_id"] for row in rows) == [0, 1]
-    assert rows[0]["score"] >= rows[1]["score"]
+    documents = [path.read_text() for path in sorted((demo / "demo" / "example").glob("*.txt"))]
+    rows = ranker.rank("heart lung sun", documents, return_documents=True)
+    assert sorted(row["corpus_id"] for row in rows) == list(range(6))
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    assert all(row["text"] == documents[row["corpus_id"]] for row in rows)
+    _, counts = ranker.rank_with_reasons("heart lung sun", documents)
+    assert counts["ok"] == counts["calls"] == 1
 
 
 def test_the_demo_world_is_honest():

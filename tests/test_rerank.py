@@ -1,9 +1,9 @@
 """Reranking (Eq. 1, Sec. 4.5): groups, pooling, fusion, retries, both back ends, real passages."""
 
+import io
 import json
 import math
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -360,14 +360,31 @@ def test_a_wrong_key_or_model_name_stops_at_once_with_the_servers_words(tmp_path
     server.server_close()
 
 
-def test_a_dead_server_is_counted_and_never_scored():
+def test_a_dead_server_stops_the_run_with_its_words_instead_of_a_ranking():
     cfg = grouprank.Config(docs_per_group=3, retries=1)
     endpoint = grouprank.Endpoint("http://127.0.0.1:9/v1", "x", cfg, tries=2, backoff_s=0.001)
-    counts = Counter()
-    started = time.perf_counter()
-    (ranking,) = grouprank.rank_queries(endpoint, grouprank.Prompt(), [candidates([1, 9, 5])], cfg, counts)
-    assert ranking.order == [0, 1, 2] and ranking.means == [None] * 3
-    assert counts["errors"] == counts["calls"] == 2 and time.perf_counter() - started < 30
+    with pytest.raises(ValueError, match="none of 2 calls was answered; the first error: .*refused"):
+        grouprank.rank_queries(
+            endpoint, grouprank.Prompt(), [candidates([1, 9, 5])], cfg, Counter()
+        )
+
+
+def test_the_key_is_not_repeated_when_a_server_repeats_it(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    endpoint = grouprank.Endpoint("http://127.0.0.1:9/v1", "x", grouprank.Config(), tries=1)
+
+    def refuse(body):
+        error = grouprank.urllib.error.HTTPError(endpoint.url, 401, "no", {}, io.BytesIO(b"bad sk-secret"))
+        raise error
+
+    monkeypatch.setattr(endpoint, "post", refuse)
+    with pytest.raises(ValueError, match=r"HTTP 401: bad \*\*\*"):
+        endpoint.ask(grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,)), 0.3, 0.8)
+
+
+def test_documents_for_a_server_are_cut_too():
+    endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(max_doc_tokens=5))
+    assert endpoint.shorten(["word " * 100, "short"]) == ["word " * 4, "short"]
 
 
 # --- Python -------------------------------------------------------------------------------------
