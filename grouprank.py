@@ -319,7 +319,8 @@ class Prompt:
 
 def read_prompt(path: str) -> Prompt:
     """Read a template file: system text, a line that is only '---', user text."""
-    system, line, user = Path(path).read_text(encoding="utf-8").partition("\n---\n")
+    text = "\n" + Path(path).read_text(encoding="utf-8")  # so that '---' may be the first line
+    system, line, user = text.partition("\n---\n")
     if not line:
         raise ValueError(f"{path}: no line '---' between the system text and the user text")
     try:
@@ -335,7 +336,7 @@ _TAGS = re.compile(r"<\s{0,9}(/?)\s{0,9}(reason|answer|think)\s{0,9}>", re.IGNOR
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
-_BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # form feeds and the like: PDF text has them
+_BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # text from PDFs holds form feeds
 
 
 def defuse(text: str) -> str:
@@ -1681,7 +1682,8 @@ class Log:
 
     def write(self, stage: str, step: int, n_steps: int, numbers: dict, eta_s: float = 0) -> None:
         """Log one step, or one evaluation (keys that begin with eval/)."""
-        row = {"stage": stage, "step": step, **numbers}
+        finite = {k: v for k, v in numbers.items() if math.isfinite(v)}  # JSON has no infinity
+        row = {"stage": stage, "step": step, **finite}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         shown = [f"{label} {form.format(numbers[key])}"
@@ -2455,7 +2457,7 @@ class Endpoint:
         return Completion("", error=f"{detail} ({self.tries} tries)")
 
     def shorten(self, texts: Sequence[str]) -> list[str]:
-        """Cut documents at --max-doc-tokens, taken as four characters each: the server tokenises."""
+        """Cut documents at --max-doc-tokens, taken as four characters each: it tokenises itself."""
         return [text[: 4 * self.cfg.max_doc_tokens] for text in texts]
 
     def post(self, body: dict) -> Completion:

@@ -52,11 +52,11 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="synth.py", description="First-stage retrieval.")
     parser.add_argument("--retrieve", action="store_true", required=True, help="write a run")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="BEIR folder")
-    parser.add_argument("--queries", metavar="NAME", help="use queries.NAME.jsonl (rewritten queries)")
+    parser.add_argument("--queries", metavar="NAME", help="use queries.NAME.jsonl (rewritten)")
     parser.add_argument("--out", required=True, metavar="FILE", help="run file to write")
-    parser.add_argument("--top-k", type=int, default=100, metavar="N", help="documents a query (100)")
+    parser.add_argument("--top-k", type=int, default=100, metavar="N", help="per query (100)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="unused: nothing is random")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="unused: no chance here")
     return parser
 
 

@@ -427,6 +427,8 @@ def test_the_prompts_hash_changes_with_any_letter(tmp_path):
     path.write_text(f"{grouprank.SYSTEM_TEXT}\n---\n{grouprank.USER_TEXT}", encoding="utf-8")
     assert grouprank.read_prompt(path).hash == grouprank.Prompt().hash
     assert grouprank.Prompt(system="Rank.").hash != grouprank.Prompt().hash
+    path.write_text("---\n{query}\n{documents}")
+    assert grouprank.read_prompt(path) == grouprank.Prompt("", "{query}\n{documents}")
     path.write_text("no separator {query} {documents}")
     with pytest.raises(ValueError, match="no line '---'"):
         grouprank.read_prompt(path)

@@ -459,6 +459,14 @@ def test_an_overflow_skips_the_step_and_halves_the_loss_scale(folders, tmp_path)
     assert all(torch.equal(before[n], p) for n, p in job.model.named_parameters())
 
 
+def test_the_log_stays_json_when_a_norm_is_not_finite(tmp_path):
+    log = grouprank.Log(tmp_path)
+    log.write("sft", 1, 2, {"loss": 1.0, "grad_norm": float("inf"), "skipped": 1})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "stage": "sft", "step": 1, "loss": 1.0, "skipped": 1,
+    }  # fmt: skip
+
+
 def test_without_loss_scaling_a_gradient_that_is_not_finite_moves_nothing(folders, tmp_path):
     job = job_for(settings(folders), tmp_path)
     optimizer = grouprank.Optimizer(job.model, job.machine, grad_clip=1.0, weight_decay=0.0)
