@@ -777,10 +777,14 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     if "/" not in path and not Path(path).is_dir():
         raise ValueError(f"--model {path}: no such folder (a name on the hub looks like org/name)")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise ValueError(f"--model {path}: no tokenizer could be loaded ({reason})") from None
+        raise ValueError(
+            f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {path}: its tokenizer has no end token (eos_token), so that no"
+                         " answer could end; set one in tokenizer_config.json")
+    return tokenizer
 
 
 def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_code: bool = False):

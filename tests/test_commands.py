@@ -81,6 +81,14 @@ def test_a_wrong_row_is_named_by_file_and_line(place, tmp_path, monkeypatch, cap
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
+def test_a_tokenizer_without_end_token_is_refused(place, tmp_path):
+    tokenizer = grouprank.load_tokenizer(str(place / "model"))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no end token"):
+        grouprank.load_tokenizer(str(tmp_path))
+
+
 def test_repeated_row_ids_are_named_with_both_lines(place, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [good_row("x"), good_row("y"), good_row("x")])
     with pytest.raises(ValueError, match="rows.jsonl:3: id 'x' stands on line 1 already"):
