@@ -36,6 +36,7 @@ import operator
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,7 @@ def numbered_lines(path):
     with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         try:
             yield map(operator.itemgetter(0), zip(file, counter, strict=False))
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}, line {next(counter)}: {error}") from None
 
 
@@ -256,6 +257,8 @@ def _split_run_line(line, last_tag):
     """The six fields of a line with more words; the tag of the last line settles two readings."""
     if len(fields := split_fields(line)) == 6:
         return fields
+    if len(fields) == 5 and "\t" in line:  # a column is missing: words must not fill its place
+        raise ValueError(f"not six columns `qid Q0 docid rank score tag`: {line.strip()!r:.200}")
     readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(line.strip()))}
     if len(readings) > 1:
         readings = {reading for reading in readings if reading[5] == last_tag}
@@ -272,13 +275,18 @@ def _read_plain_run(path):
     run = {}
     with open(path, "rb") as file:
         while lines := file.readlines(1 << 16):
+            block = b"".join(lines)
+            if block.count(b"\t") not in (0, 5 * len(lines)):
+                return None
             try:
-                fields = b"".join(lines).decode().split()
+                fields = block.decode().split()
                 values = list(map(float, fields[4::6]))
             except ValueError:
                 return None
             qids, docs, start = fields[0::6], fields[2::6], 0
             if len(fields) != 6 * len(lines) or fields[1::6].count("Q0") != len(lines):
+                return None
+            if not "".join(fields[3::6]).isdecimal():  # a shifted column, or an odd file
                 return None
             if not math.isfinite(sum(values)) or qids[0][0] == "\ufeff":
                 return None
@@ -306,11 +314,14 @@ def read_run(path):
     with numbered_lines(path) as lines:
         for line in _json_as_lines(lines, "{}\tQ0\t{}\t0\t{}\tjson"):
             fields = line.split()
-            if len(fields) != 6:
+            if len(fields) != 6 or "\t" in line:
                 if not fields:
                     continue
                 fields = _split_run_line(line, tag)
-            qid, _, doc, _, score, tag = fields
+            qid, _, doc, rank, score, tag = fields
+            if not rank.lstrip("-").isdecimal():
+                raise ValueError(f"rank {rank!r} of query {qid} is not a whole number: are these"
+                                 " the six columns `qid Q0 docid rank score tag`?")
             if qid != last:
                 last, scores = qid, run.setdefault(qid, {})
             if doc in scores:
@@ -466,6 +477,7 @@ def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"
     write_lines(f"{folder}/corpus.jsonl", documents)
     write_lines(f"{folder}/queries.jsonl", ({"_id": q, "text": t} for q, t in queries.items()))
     write_lines(f"{folder}/qrels/{split}.tsv", [("query-id", "corpus-id", "score"), *grades])
+    Path(folder, "excluded.tsv").unlink(missing_ok=True)  # an old one would be applied
     if excluded:
         pairs = ((qid, doc) for qid, docs in excluded.items() for doc in sorted(docs))
         write_lines(f"{folder}/excluded.tsv", [("query-id", "corpus-id"), *pairs])
@@ -596,6 +608,7 @@ def remove_documents(run, excluded=None, identical_ids=False):
         kept[qid] = scores
         if unwanted:
             kept[qid] = {doc: s for doc, s in scores.items() if doc not in unwanted}
+    kept = {qid: scores for qid, scores in kept.items() if scores}  # the others count as missing
     return kept, sum(map(len, run.values())) - sum(map(len, kept.values()))
 
 
@@ -713,18 +726,21 @@ PUBLISHED = {
 
 
 def published(benchmark, tasks):
-    """The paper's NDCG@10: {system: {"mean": ..., task: ...}}; None where it prints no figure."""
+    """The paper's NDCG@10, 0-1: {system: {"mean": x, task: x}}; None where it prints none."""
     if unknown := [task for task in tasks if task not in SIZES[benchmark]]:
         raise ValueError(f"--paper {benchmark} has no task {unknown[0]!r}; name the BEIR folder or "
                          f"the qrels file after one of: {', '.join(SIZES[benchmark])}")
     rows = {}
+    if benchmark == "beir" and set(tasks) != set(SIZES["beir"]):
+        raise ValueError(f"the paper prints only the mean over {', '.join(SIZES['beir'])}:"
+                         " --paper beir needs all of them")
     for system, figures in PUBLISHED[benchmark].items():
-        if benchmark != "beir":
+        if benchmark == "beir":
+            rows[system] = {"mean": figures / 100, **dict.fromkeys(tasks)}
+        else:
             known = dict(zip(SIZES[benchmark], figures, strict=True))
-            row = {task: known[task] for task in tasks}
+            row = {task: known[task] / 100 for task in tasks}
             rows[system] = {"mean": sum(row.values()) / len(row), **row}
-        elif set(tasks) == set(SIZES["beir"]):
-            rows[system] = {"mean": figures, **dict.fromkeys(tasks)}
     return rows
 
 
@@ -766,7 +782,7 @@ def _load_bright(task, source, long):
     folder = _fetch("xlangai/BRIGHT", parts, source)
     examples = list(read_rows(folder, f"examples/{task}"))
     qrels = {row["id"]: {doc: 1 for doc in row[gold] if doc != "N/A"} for row in examples}
-    excluded = {row["id"]: {*row["excluded_ids"]} - {"N/A"} for row in examples}
+    excluded = {row["id"]: {*(row["excluded_ids"] or ())} - {"N/A"} for row in examples}
     reasons = sorted(part.name for part in folder.glob("*_reason"))
     texts = {part: {row["id"]: row["query"] for row in read_rows(folder, f"{part}/{task}")}
              for part in ("examples", *reasons)}  # fmt: skip
@@ -815,12 +831,15 @@ def prepare(name, out, *, source=None, long_documents=False, check=True):
     try:
         rows, queries, qrels, excluded, rewritten = load(task, source, long_documents)
         for doc, title, text in tqdm(rows, desc=name, unit=" documents", disable=None):
-            kind = "repeated" if doc in corpus else "kept" if f"{title}{text}".strip() else "empty"
+            full = f"{title}{text or ''}".strip()
+            kind = "repeated" if doc in corpus else "kept" if full else "empty"
             n[kind] += 1
             if kind == "kept":
                 corpus[doc] = (title, text)
     except KeyError as error:
         raise ValueError(f"{name}: a row of the data set lacks the field {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{name}: a row of the data set holds an odd value ({error})") from None
     judged = {doc for docs in qrels.values() for doc in docs}
     absent = judged - corpus.keys()
     n_queries, *n_documents = known.get(task, (None, None, None))
@@ -834,6 +853,8 @@ def prepare(name, out, *, source=None, long_documents=False, check=True):
     if faults and check:
         raise ValueError(f"{name}: {'; '.join(faults)} (another version? see --skip-checks)")
     write_collection(out, corpus, queries, qrels, excluded)
+    for old in Path(out).glob("queries.*.jsonl"):
+        old.unlink()
     for kind, texts in rewritten.items():
         lines = ({"_id": qid, "text": text} for qid, text in texts.items())
         write_lines(f"{out}/queries.{kind}.jsonl", lines)
@@ -905,6 +926,8 @@ def _plot_pair(figure, rows):
     for run, name, qid, value in rows[1:]:
         if name == metric:
             values.setdefault(run, {})[qid] = float(value)
+    if len(values) < 2:
+        raise ValueError("differences need a --per-query file of two runs")
     (a, first), (b, second) = list(values.items())[:2]
     differences = sorted((100 * (second[q] - first[q]) for q in first if q in second), reverse=True)
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
@@ -934,7 +957,7 @@ def plot(path, out):
         figure = Figure(layout="constrained")
         try:
             draw(figure, rows)
-        except (KeyError, IndexError) as error:
+        except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} has nothing to draw or lacks a field ({error})") from None
         figure.savefig(file, format=Path(out).suffix[1:] or "png", dpi=150)
 
@@ -966,7 +989,8 @@ def evaluate_files(args, qrels_path, runs):
     """All numbers for one qrels file and its runs {name: path}, as --json prints them."""
     qrels, folder = read_qrels(qrels_path), qrels_path.absolute().parent.parent
     path = Path(args.excluded or folder / "excluded.tsv")
-    excluded = read_excluded(path) if args.excluded or path.exists() else {}
+    found = qrels_path.absolute().parent.name == "qrels" and path.exists()
+    excluded = read_excluded(path) if args.excluded or found else {}
     ties = "document id, descending" if args.ties == "trec_eval" else "first-stage order"
     over = "all judged queries (--complete)" if args.complete else "queries in both"
     alike = "; documents named like their query ignored" if args.ignore_identical_ids else ""
@@ -977,7 +1001,7 @@ def evaluate_files(args, qrels_path, runs):
     for name, path in runs.items():
         run, n_removed = remove_documents(read_run(path), excluded, args.ignore_identical_ids)
         if not run.keys() & qrels.keys():
-            raise ValueError(f"{path} and {qrels_path} share no query: the run has {min(run)!r}, "
+            raise ValueError(f"{path} and {qrels_path} share no query: the run has {min(run, default=None)!r}, "
                              f"the qrels {min(qrels)!r}")  # fmt: skip
         reference = reference or run
         values = evaluate_run(
@@ -1014,7 +1038,7 @@ def print_reports(args, reports):
     if len(reports) > 1 or paper:
         rows = {name: {"mean": runs[name][first], **by_task[name][first]} for name in names}
         for system, row in paper.items():
-            rows[f"{system} (published)"] = {task: x and x / 100 for task, x in row.items()}
+            rows[f"{system} (published)"] = row
         print("\n" + table(first, rows, args.markdown))
     for report in reports.values():
         print("\n" + report["rules"])
@@ -1090,8 +1114,12 @@ def main():
             in_folder = qrels.parent.name == "qrels"
             task = qrels.absolute().parts[-3] if in_folder else qrels.name.partition(".")[0]
             paths = (path.replace("{task}", task) for path in args.run)
+            if task in reports:
+                raise ValueError(f"two of the qrels files are of the task {task!r}: {qrels}")
             reports[task] = evaluate_files(args, qrels, dict(zip(names, paths, strict=True)))
-        rows = [(run, metric, qid, value) for report in reports.values()
+        many = len(reports) > 1  # query ids repeat from task to task
+        rows = [(run, metric, f"{task}/{qid}" if many else qid, value)
+                for task, report in reports.items()
                 for run, metrics in report.pop("per_query").items()
                 for metric, values in metrics.items() for qid, value in values.items()]  # fmt: skip
         if args.per_query:

@@ -861,12 +861,16 @@ def test_published_means_equal_the_paper():
     bright = evaluate.published("bright", list(evaluate.SIZES["bright"]))
     printed = {"BM25": 27.0, "retriever": 32.9, "ERank-32B": 36.2, "ReasonRank-32B": 35.6,
                "GroupRank-7B": 34.3, "GroupRank-32B": 38.0}  # fmt: skip
-    assert {name: row["mean"] for name, row in bright.items()} == pytest.approx(printed, abs=0.06)
+    means = {name: 100 * row["mean"] for name, row in bright.items()}
+    assert means == pytest.approx(printed, abs=0.06)
     r2med = evaluate.published("r2med", list(evaluate.SIZES["r2med"]))
     printed = {"retriever": 42.9, "GroupRank-7B": 47.8, "GroupRank-32B": 52.3}
-    assert {name: r2med[name]["mean"] for name in printed} == pytest.approx(printed, abs=0.06)
+    means = {name: 100 * r2med[name]["mean"] for name in printed}
+    assert means == pytest.approx(printed, abs=0.06)
     beir = evaluate.published("beir", ["arguana", "dbpedia-entity", "nfcorpus", "nq", "scidocs"])
-    assert beir["GroupRank-32B"]["mean"] == 55.1
+    assert beir["GroupRank-32B"]["mean"] == pytest.approx(0.551)
+    with pytest.raises(ValueError, match="only the mean over arguana"):
+        evaluate.published("beir", ["arguana"])
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -904,7 +908,7 @@ def test_json_holds_fractions_comparisons_and_ties(small):
     assert details["comparisons"]["two - one, ndcg@10"]["queries"] == 3
     assert details["ties"]["two"] | {"worst": 0, "expected": 0, "best": 0} == {
         "k": 10, "slots": 4, "decided": 2, "worst": 0, "expected": 0, "best": 0}  # fmt: skip
-    assert report["published"]["GroupRank-32B"] == {"mean": 14.9, "pony": 14.9}
+    assert report["published"]["GroupRank-32B"] == pytest.approx({"mean": 0.149, "pony": 0.149})
 
 
 def test_options_that_change_the_numbers_are_named_in_the_output(small):
@@ -1056,3 +1060,32 @@ def test_every_kind_of_file_becomes_a_picture(small):
         command("--plot", file, "--out", out)
         assert out.read_bytes().startswith(b"\x89PNG")
         assert command("--plot", file, "--out", out, check=False)[0] == 2  # exists
+
+
+def test_a_query_that_exclusion_empties_counts_as_missing():
+    run, n = evaluate.remove_documents({"a": {"d": 1.0}, "b": {"d": 1.0}}, {"a": {"d"}})
+    assert (run, n) == ({"b": {"d": 1.0}}, 1)
+
+
+@pytest.mark.parametrize("line", ["q1 Q0 my doc 1 3.5", "q1\tQ0\td 1\t1\t0.5", "q1 Q0 d x 1 t"])
+def test_a_line_with_shifted_columns_is_refused(tmp_path, line):
+    (tmp_path / "x.run").write_text(line + "\n")
+    with pytest.raises(ValueError, match="line 1: .*six columns"):
+        evaluate.read_run(tmp_path / "x.run")
+
+
+def test_an_old_exclusion_file_does_not_survive_a_new_collection(tmp_path):
+    evaluate.write_collection(tmp_path, {"d": "D"}, {"q": "Q"}, {"q": {"d": 1}}, {"q": {"d"}})
+    evaluate.write_collection(tmp_path, {"d": "D"}, {"q": "Q"}, {"q": {"d": 1}})
+    assert evaluate.read_collection(tmp_path).excluded == {}
+
+
+def test_integer_scores_leave_biology_to_the_tie_break(real_data):
+    """BRIGHT biology, scores times ten and rounded: the figures that the README names."""
+    run = evaluate.read_run(real_data / "bright" / "biology.reasonir_top100.run")
+    rounded = {q: {d: float(round(10 * s)) for d, s in scores.items()} for q, scores in run.items()}
+    qrels = evaluate.read_qrels(real_data / "bright" / "biology.qrels")
+    report = evaluate.tie_report(qrels, rounded)
+    assert (report["slots"], report["decided"]) == (1030, 1010)
+    spread = [round(100 * report[name], 2) for name in ("worst", "expected", "best")]
+    assert spread == [20.24, 31.18, 65.17]
