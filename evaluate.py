@@ -40,7 +40,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 # --- Errors and outputs ---------------------------------------------------------------------------
 
@@ -821,6 +820,8 @@ def prepare(name, out, *, source=None, long_documents=False, check=True):
     Empty and repeated documents are left out. ValueError, unless `check` is off, if more than 1 %
     of the judged documents are missing or row counts differ from SIZES.
     """
+    from tqdm import tqdm  # its import takes longer than --help: only here is it needed
+
     benchmark, _, task = name.partition("/")
     known = SIZES.get(benchmark, {})
     if not task or not known or (benchmark != "beir" and task not in known):
