@@ -256,9 +256,9 @@ def _split_run_line(line, last_tag):
     """The six fields of a line with more words; the tag of the last line settles two readings."""
     if len(fields := split_fields(line)) == 6:
         return fields
-    if len(fields) == 5 and "\t" in line:  # a column is missing: words must not fill its place
-        raise ValueError(f"not six columns `qid Q0 docid rank score tag`: {line.strip()!r:.200}")
-    readings = {match.groups() for form in RUN_LINE if (match := form.fullmatch(line.strip()))}
+    missing = len(fields) == 5 and "\t" in line  # words must not fill a missing column's place
+    forms = () if missing else RUN_LINE
+    readings = {match.groups() for form in forms if (match := form.fullmatch(line.strip()))}
     if len(readings) > 1:
         readings = {reading for reading in readings if reading[5] == last_tag}
     if len(readings) != 1:
@@ -1002,8 +1002,8 @@ def evaluate_files(args, qrels_path, runs):
     for name, path in runs.items():
         run, n_removed = remove_documents(read_run(path), excluded, args.ignore_identical_ids)
         if not run.keys() & qrels.keys():
-            raise ValueError(f"{path} and {qrels_path} share no query: the run has {min(run, default=None)!r}, "
-                             f"the qrels {min(qrels)!r}")  # fmt: skip
+            raise ValueError(f"{path} and {qrels_path} share no query: the run has "
+                             f"{min(run, default=None)!r}, the qrels {min(qrels)!r}")  # fmt: skip
         reference = reference or run
         values = evaluate_run(
             qrels, run, args.metrics, relevance_level=args.relevance_level, gain=args.gain,

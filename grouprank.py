@@ -814,7 +814,8 @@ def spare_threads(model) -> None:
 
     Called by the commands only; a program that imports this file keeps its own setting.
     """
-    if model.device.type == "cpu" and model.num_parameters() < 5_000_000:
+    on_cpu = isinstance(model, nn.Module) and model.device.type == "cpu"  # else a server's name
+    if on_cpu and model.num_parameters() < 5_000_000:
         torch.set_num_threads(1)
 
 
@@ -2650,8 +2651,7 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
             print(f"note: {n} {note}")
     n_docs = sum(len(query.ids) for query in queries)
     backend = load_backend(cfg)
-    if isinstance(backend, LocalModel):
-        spare_threads(backend.model)
+    spare_threads(backend.model)
     where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
     print(f"rerank: {len(queries)} queries, {n_docs} documents, groups of {cfg.docs_per_group},"
           f" {cfg.rounds} round(s), {sum(len(plan_query(q, cfg)) for q in queries)} calls,"
@@ -2736,8 +2736,7 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
             raise ValueError(f"{name} is empty: give it text or leave it out")
         texts.append(text)
     backend = load_backend(cfg)
-    if isinstance(backend, LocalModel):
-        spare_threads(backend.model)
+    spare_threads(backend.model)
     ranker = GroupRanker(backend, prompt, cfg)
     ranking, counts = ranker.rank_with_reasons(cfg.query, texts)
     print(f"\nquery: {cfg.query}\n\nrank  score  document")
