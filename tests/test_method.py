@@ -122,6 +122,53 @@ def test_parser_is_linear_on_a_megabyte_of_tags():
         assert time.perf_counter() - started < 1.0  # a backtracking pattern would take hours
 
 
+@pytest.mark.parametrize(
+    ("inside", "status", "scores"),
+    [
+        (" 7 ", "ok", [7]),
+        ("10.0", "ok", [10]),
+        ('{"[1]": 7}', "ok", [7]),
+        ("11", "bad_score", [None]),
+        ("7.5", "bad_json", [None]),
+        ("7/10", "bad_json", [None]),
+        ("-1", "bad_json", [None]),
+        ("٣", "bad_json", [None]),
+        ("", "bad_json", [None]),
+    ],
+)
+def test_a_rating_is_one_whole_number_from_0_to_10(inside, status, scores):
+    parsed = grouprank.parse_rating(f"<reason>r</reason>\n<answer>{inside}</answer>")
+    assert (parsed.status, parsed.scores, parsed.reason) == (status, scores, "r")
+    assert grouprank.parse_rating(f"so <answer>{inside}</answer>").status == "bad_tags"
+
+
+@pytest.mark.parametrize(
+    ("inside", "status", "order"),
+    [
+        ("[2] > [3] > [1]", "ok", [2, 3, 1]),
+        ("[2], [3], [1]", "ok", [2, 3, 1]),
+        ("2\n3\n1", "ok", [2, 3, 1]),
+        ("[2] > [3]", "missing", [2, 3, 1]),
+        ("[3]", "missing", [3, 1, 2]),
+        ("[2] > [3] > [2] > [1]", "duplicate", [2, 3, 1]),
+        ("[2] > [4] > [3] > [0] > [1]", "out_of_range", [2, 3, 1]),
+        ("[2] > [2] > [9]", "out_of_range", [2, 1, 3]),
+        ("[9]", "bad_json", None),
+        ("none of them", "bad_json", None),
+    ],
+)
+def test_a_permutation_is_repaired_as_reference_tools_do_and_the_fault_is_told(
+    inside, status, order
+):
+    parsed = grouprank.parse_permutation(f"<reason>9 8 7</reason><answer>{inside}</answer>", 3)
+    assert parsed.status == status
+    if order is None:
+        assert parsed.scores is None
+    else:
+        assert sorted(range(1, 4), key=lambda i: -parsed.scores[i - 1]) == order
+        assert sorted(parsed.scores) == [1, 2, 3]  # falling places, each once
+
+
 fragments = st.sampled_from(
     ["<reason>", "</reason>", "<answer>", "</answer>", "</think>", "```json", "```", "{", "}", ":",
      '"[1]"', '"[2]": 5', '"3": 11', ",", " ", "\n", "7", "NaN", "[", "]", "é\ud800", "\x00"]
@@ -138,6 +185,10 @@ def test_parser_never_raises_and_never_invents_a_score(text, n_docs):
         assert all(s is None or (type(s) is int and 0 <= s <= 10) for s in parsed.scores)
     if parsed.status == "ok":
         assert None not in parsed.scores
+    rating = grouprank.parse_rating(text).scores
+    assert rating is None or rating in [[s] for s in (None, *range(11))]
+    places = grouprank.parse_permutation(text, n_docs).scores
+    assert places is None or sorted(places) == list(range(1, n_docs + 1))
 
 
 # --- Reward -----------------------------------------------------------------------------------
