@@ -918,7 +918,7 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
         stored_dtype = getattr(config, "dtype", None) or torch.float32
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"--model {path}: no model could be loaded ({first_line(error)});"
             " give a folder that save_pretrained wrote, or a name on the hub") from None
