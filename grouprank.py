@@ -1776,7 +1776,7 @@ def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
         old.unlink()
 
 
-def last_state(folder: Path, stage: str, run_hash: str = "") -> dict | None:
+def last_state(folder: Path, stage: str, run: str = "") -> dict | None:
     """The newest readable state of a stage; an unreadable one is skipped with a note.
 
     None when there is none at all. A state of another run, or states of which none can be read,
@@ -1789,7 +1789,7 @@ def last_state(folder: Path, stage: str, run_hash: str = "") -> dict | None:
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             print(f"note: {path} is unreadable ({first_line(error)}); trying the one before it")
             continue
-        if state.get("run", "") != run_hash:
+        if state.get("run", "") != run:
             raise ValueError(f"{path} is a checkpoint of another run: its settings, prompt or data"
                              " differ from those of run.json; move it away")
         return state

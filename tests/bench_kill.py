@@ -36,7 +36,7 @@ import grouprank
 
 TIMED = {"seconds", "tokens_per_s", "rollout_s"}
 ARGUMENTS = ("--train --device cpu --seed 3 --sft-batch 8 --save-every 2 --eval-every 3"
-             " --max-new-tokens 60").split()  # fmt: skip
+             " --max-new-tokens 60 --prompts-per-step 4 --rollouts-per-prompt 4 --retries 0").split()  # fmt: skip
 
 
 def kill_when(owner, name, matters, also=None):
@@ -96,7 +96,7 @@ def start(out, lora_rank, log, worst=None):
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        grouprank.DEMO_ROWS = {"sft": 64, "grpo": 24, "dev": 2}
+        grouprank.DEMO_ROWS = {"sft": 64, "grpo": 12, "dev": 2}
         grouprank.DEMO_QUERIES = 2
         if worst:
             kill_when(*WORST[worst])
