@@ -830,6 +830,12 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: f
     return torch.minimum(unclipped, clipped)
 
 
+def clip_acts(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: float) -> Tensor:
+    """(N,) whether the clip of Eq. 7 is what a token's objective stands on: it has no gradient."""
+    ratio = torch.exp(logp - old_logp)
+    return ((ratio < 1 - eps) & (advantages < 0)) | ((ratio > 1 + eps) & (advantages > 0))
+
+
 def grpo_loss(
     logp: Tensor,  # (N,) log-probabilities of all completion tokens, one sequence after another
     old_logp: Tensor,  # (N,) the same under the policy that sampled them
@@ -2184,10 +2190,8 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
             sums["loss"] += loss.item()
             sums["entropy"] += entropy.sum().item()
             sums["tokens"] += len(logp)
-            ratio = torch.exp(logp - old_logp)
-            outside = (ratio < 1 - cfg.clip_eps) & (part.advantages < 0)
-            outside |= (ratio > 1 + cfg.clip_eps) & (part.advantages > 0)
-            sums["clipped"] += outside.sum().item()
+            acts = clip_acts(logp, old_logp, part.advantages, cfg.clip_eps)
+            sums["clipped"] += acts.sum().item()
             if part.ref_logp is not None:
                 sums["kl"] += k3_divergence(logp, part.ref_logp).sum().item()
     grad_norm, moved = optimizer.step(lr)
