@@ -1573,10 +1573,15 @@ def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Ten
         new = draw(output.logits[:, -1], rows, step)
         tokens[rows[live], step] = new[live]
         live &= ~torch.isin(new, ends)
-        if not live.any():
+        n_live = int(live.sum())
+        if n_live == 0:
             break
-        ids, positions = new[:, None], positions[:, -1:] + 1
         mask = F.pad(mask, (0, 1), value=1)
+        if n_live <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
+            kept = live.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, live, new, positions, mask = (t[kept] for t in (rows, live, new, positions, mask))
+        ids, positions = new[:, None], positions[:, -1:] + 1
     return tokens
 
 
