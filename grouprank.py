@@ -835,6 +835,12 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: f
     return torch.minimum(unclipped, clipped)
 
 
+def clip_acts(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: float) -> Tensor:
+    """(N,) whether the clip of Eq. 7 is what a token's objective stands on: it has no gradient."""
+    ratio = torch.exp(logp - old_logp)
+    return ((ratio < 1 - eps) & (advantages < 0)) | ((ratio > 1 + eps) & (advantages > 0))
+
+
 def grpo_loss(
     logp: Tensor,  # (N,) log-probabilities of all completion tokens, one sequence after another
     old_logp: Tensor,  # (N,) the same under the policy that sampled them
@@ -964,8 +970,11 @@ class LoraLinear(nn.Module):
             return y
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return y + (self.scale * update).to(y.dtype)
+        down = self.scale * F.linear(x, self.lora_A)  # scaled here, where it has r columns only
+        if down.dtype != y.dtype:
+            return y + F.linear(down, self.lora_B).to(y.dtype)
+        # One product that adds to y: three passes over a (tokens, out) array less than y + update.
+        return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.T).view_as(y)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -1569,10 +1578,15 @@ def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Ten
         new = draw(output.logits[:, -1], rows, step)
         tokens[rows[live], step] = new[live]
         live &= ~torch.isin(new, ends)
-        if not live.any():
+        n_live = int(live.sum())
+        if n_live == 0:
             break
-        ids, positions = new[:, None], positions[:, -1:] + 1
         mask = F.pad(mask, (0, 1), value=1)
+        if n_live <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
+            kept = live.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, live, new, positions, mask = (t[kept] for t in (rows, live, new, positions, mask))
+        ids, positions = new[:, None], positions[:, -1:] + 1
     return tokens
 
 
@@ -2397,10 +2411,10 @@ def build_passes(batch: RolloutBatch, advantages: np.ndarray, cfg: Config, share
     return passes
 
 
-def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optimizer, lr,
-                  first: bool = True) -> dict:
-    """One optimizer step of Eq. 7 over all passes of a rollout batch; the `first` of it or not."""
+def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optimizer, lr) -> dict:
+    """One optimizer step of Eq. 7 over all passes of a rollout batch."""
     cfg, device = job.cfg, job.machine.device
+    first = all(part.old_logp is None for part in passes)  # asked now: a pass may run again
     job.model.train()
 
     def run_pass(part: Pass) -> dict:
@@ -2415,12 +2429,10 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
                          clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef)
         optimizer.backward(loss)
         with torch.no_grad():
-            ratio = torch.exp(logp - part.old_logp)
-            outside = (ratio < 1 - cfg.clip_eps) & (part.advantages < 0)
-            outside |= (ratio > 1 + cfg.clip_eps) & (part.advantages > 0)
+            acts = clip_acts(logp, part.old_logp, part.advantages, cfg.clip_eps)
             kl = 0.0 if part.ref_logp is None else k3_divergence(logp, part.ref_logp).sum().item()
             return {"loss": loss.item(), "entropy": entropy.sum().item(), "tokens": len(logp),
-                    "clipped": outside.sum().item(), "kl": kl}
+                    "clipped": acts.sum().item(), "kl": kl}
 
     sums = run_passes(job, passes, optimizer, run_pass)
     n = max(sums["tokens"], 1)
@@ -2445,7 +2457,7 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
     lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
     n_dropped = batch.dropped
     for update in range(cfg.updates_per_batch):
-        numbers = policy_update(job, policy, reference, passes, optimizer, lr, update == 0)
+        numbers = policy_update(job, policy, reference, passes, optimizer, lr)
         n_dropped += numbers["dropped"]
         if step == 0 and update == 0 and reference is not None:
             tolerance = 1e-6 if job.machine.dtype == torch.float32 else 1e-2
