@@ -579,7 +579,7 @@ def test_a_document_of_100000_characters_without_a_space_takes_a_moment(family):
 
 
 @given(st.data())
-@examples(max_examples=1000, deadline=None)
+@examples(max_examples=300, deadline=None)
 def test_mutated_answers_are_read_without_an_exception_or_a_score_that_is_none(data):
     """`python tests/bench_trust.py` does this 100,000 times."""
     seed = data.draw(st.integers(0, 2**32))
@@ -594,16 +594,16 @@ def test_mutations_of_real_answers_are_read(real_data):
     assert [grouprank.parse_answer(text, 10).status for text in corpus] == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("parse", [grouprank.parse_answer, grouprank.parse_rating,
-                                   grouprank.parse_permutation])  # fmt: skip
-@pytest.mark.parametrize("piece", bench_trust.PIECES)
-def test_a_megabyte_of_anything_is_read_in_under_a_second(parse, piece):
+@pytest.mark.parametrize("piece", ["<answer>", "</think>", "{", "[", '"[2]": 5,', '{"[1]":', "\\", '"',
+                                   "9", "-", " ", "1e", "\ud800"])  # fmt: skip
+def test_a_megabyte_of_anything_is_read_in_under_a_second(piece):
     inside = piece * (1_000_000 // len(piece))
     for text in (inside, f"<reason></reason><answer>{inside}</answer>",
                  f'<reason></reason><answer>{{"[1]": {inside}}}</answer>'):  # fmt: skip
-        started = time.perf_counter()
-        parse(text, 20)
-        assert time.perf_counter() - started < 1.0
+        for parse in (grouprank.parse_answer, grouprank.parse_rating, grouprank.parse_permutation):
+            started = time.perf_counter()
+            parse(text, 20)
+            assert time.perf_counter() - started < 1.0
 
 
 def test_a_special_token_inside_an_answer_is_seen_by_the_reward(place, tmp_path):
