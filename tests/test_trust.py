@@ -737,12 +737,19 @@ def test_code_that_comes_with_a_model_runs_only_with_the_flag(place, tmp_path):
     folder, trace = tmp_path / "model", tmp_path / "trace"
     shutil.copytree(place / "qwen2", folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
-    (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(
         f"from pathlib import Path\nPath({str(trace)!r}).touch()\nfrom transformers import Qwen2Config\n"
         "class EvilConfig(Qwen2Config):\n    model_type = 'evil'\n")  # fmt: skip
     machine = grouprank.pick_machine("cpu")
+    # A known kind of model that offers its own code: ours is taken.
+    offers = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel",
+              "AutoTokenizer": ["evil.EvilTokenizer", None]}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": offers}))
+    grouprank.load_tokenizer(str(folder))
+    grouprank.load_model(str(folder), machine, trainable=False)
+    assert not trace.exists()
+    offers = {"AutoConfig": "evil.EvilConfig"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": offers}))
     with pytest.raises(ValueError, match="contains custom code"):
         grouprank.load_model(str(folder), machine, trainable=False)
     assert not trace.exists()
