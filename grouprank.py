@@ -2471,7 +2471,8 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
     seconds = time.perf_counter() - started
     n_tokens = sum(len(i.prompt) for i in batch.items)
     n_tokens += sum(len(c) for row in batch.completions for c in row)
-    speed = {"dropped": n_dropped, "tokens_per_s": n_tokens / seconds, "rollout_s": rollout_s, "seconds": seconds}
+    speed = {"dropped": n_dropped, "tokens_per_s": n_tokens / seconds, "rollout_s": rollout_s,
+             "seconds": seconds}
     return rollout_numbers(batch) | numbers | speed
 
 
