@@ -71,7 +71,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError  # comes with transformers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
@@ -918,16 +917,22 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
     Trainable weights are float32: at lr 1e-6 an Adam step is smaller than half the spacing of
     bfloat16 for 98 % of the weights, which would not move. Frozen ones are in the autocast type.
     """
+    from safetensors import SafetensorError  # comes with transformers
+
     dtype = torch.float32 if trainable else machine.dtype
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         stored_dtype = getattr(config, "dtype", None) or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code,
+            output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"--model {path}: no model could be loaded ({first_line(error)});"
             " give a folder that save_pretrained wrote, or a name on the hub") from None
+    if lacking := sorted(loaded["missing_keys"]):
+        raise ValueError(f"--model {path}: the checkpoint has no {lacking[0]}"
+                         f" ({len(lacking)} weights lack): they would be random")
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
     model = model.to(machine.device).eval()
     check_head(model)
@@ -965,6 +970,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out); the frozen layer alone while `enabled` is off."""
         y = self.base(x)
         if not self.enabled:
             return y
@@ -2599,6 +2605,8 @@ def fit_context(model, cfg: Config) -> int:
 
 def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Job."""
+    from safetensors import SafetensorError
+
     started = time.perf_counter()
     rows = read_rows(cfg.data)
     eval_rows = read_rows(cfg.eval_data) if cfg.eval_data else []
