@@ -406,7 +406,7 @@ def read_jsonl(path):
             yield row
 
 
-def _read_texts(path):
+def read_texts(path):
     """{_id: text} of corpus.jsonl or queries.jsonl, the title in front of the text."""
     texts = {}
     for number, row in enumerate(read_jsonl(path), start=1):
@@ -449,7 +449,7 @@ def read_collection(folder, queries=None, split="test"):
             raise ValueError(f"{needed} is missing; {folder} has {files or 'none'}")
     qrels = read_qrels(judged / f"{split}.tsv") if judged.is_dir() else {}
     exclusions = read_excluded(excluded) if excluded.exists() else {}
-    return Collection(_read_texts(corpus), _read_texts(texts), qrels, exclusions)
+    return Collection(read_texts(corpus), read_texts(texts), qrels, exclusions)
 
 
 def write_lines(path, rows):
