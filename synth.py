@@ -74,145 +74,111 @@ from grouprank import METHODS, Chat, Completion, Endpoint, Prompt, setting
 @dataclass(frozen=True)
 class Config:
     """Every option of all commands. `source` says where a default comes from."""
-    data: str = setting("", "BEIR folder, or a bare corpus.jsonl", "ours", "input")
-    queries: str = setting("", "NAME of queries.NAME.jsonl to use instead of queries.jsonl", "ours",
-        "input")
-    exclude_queries: str = setting("",
-        "JSONL file of test queries; they and near-duplicates of them must not get into the data",
-        "ours", "input")
-    out: str = setting("", "output folder, or run file (--retrieve)", "ours", "output")
-    export: tuple[str, ...] = setting((),
-        "also write these forms: sentence-transformers, tevatron, ms-swift, trl", "ours", "output")
-    overwrite: bool = setting(False,
-        "replace outputs of other settings; the answers already paid for are kept", "ours",
-        "output")
-    seed: int = setting(0, "seed of every random stream", "ours", "input")
-    min_doc_chars: int = setting(40, "shorter documents are dropped: they cannot carry a query",
-        "ours: the paper is silent", "input")
+    data: str = setting("", "BEIR folder, or a bare corpus.jsonl", "ours", "files")
+    queries: str = setting("", "NAME of queries.NAME.jsonl instead of queries.jsonl", "ours", "files")
+    exclude_queries: str = setting("", "JSONL of test queries; they and near-duplicates of them must"
+        " not get into the data", "ours", "files")
+    out: str = setting("", "output folder, or run file (--retrieve)", "ours", "files")
+    export: tuple[str, ...] = setting((), "also write these forms: sentence-transformers, tevatron,"
+        " ms-swift, trl", "ours", "files")
+    overwrite: bool = setting(False, "replace outputs of other settings; answers that were paid for"
+        " are kept", "ours", "files")
+    seed: int = setting(0, "seed of every random stream", "ours", "files")
+    min_doc_chars: int = setting(40, "shorter documents are dropped", "ours", "files")
 
     llm: str = setting("", "model folder or hub name; with --endpoint the server's name for it",
         "ours", "teachers")
-    pointwise_llm: str = setting("", "another model for pointwise scores: NAME or NAME@URL", "ours",
-        "teachers")
-    listwise_llm: str = setting("", "another model for listwise ranks: NAME or NAME@URL", "ours",
-        "teachers")
+    pointwise_llm: str = setting("", "another pointwise teacher: NAME[@URL]", "ours", "teachers")
+    listwise_llm: str = setting("", "another listwise teacher: NAME[@URL]", "ours", "teachers")
     endpoint: str = setting("", "URL of an OpenAI-compatible server (…/v1)", "ours", "teachers")
     temperature: float = setting(0.6, "sampling temperature", "ours: the authors' pointwise teacher",
         "teachers")
     top_p: float = setting(0.9, "nucleus mass", "ours: the authors' pointwise teacher", "teachers")
     max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: 8,000", "teachers")
-    max_doc_tokens: int = setting(1024, "tokens kept of each document, also by --encoder", "ours",
-        "teachers")
+    max_doc_tokens: int = setting(1024, "tokens kept of a document", "ours", "teachers")
     max_prompt_tokens: int = setting(24000, "tokens of a prompt", "paper Table 10: 24,000",
         "teachers")
     retries: int = setting(3, "further tries after an unusable answer", "ours", "teachers")
     concurrency: int = setting(16, "requests in flight at an endpoint", "ours", "teachers")
-    timeout_s: float = setting(600.0, "seconds to wait for an endpoint's answer", "ours",
-        "teachers")
-    max_calls: int = setting(0, "stop before more calls than this; 0: no limit", "ours", "teachers")
-    max_tokens: int = setting(0, "stop when prompts and answers have this many tokens; 0: no limit",
-        "ours", "teachers")
-    dry_run: bool = setting(False, "print the calls and tokens that the job would need", "ours",
-        "teachers")
+    timeout_s: float = setting(600.0, "seconds to wait for its answer", "ours", "teachers")
+    max_calls: int = setting(0, "stop before more calls than this; 0: none", "ours", "teachers")
+    max_tokens: int = setting(0, "stop after so many prompt and answer tokens", "ours", "teachers")
+    dry_run: bool = setting(False, "only print the calls and tokens needed", "ours", "teachers")
 
-    generate_queries: int = setting(0, "ask for a query to each of N sampled documents", "ours",
+    generate_queries: int = setting(0, "documents to ask a query for; 0: given queries", "ours",
         "queries")
-    min_query_chars: int = setting(20, "shorter generated queries are dropped", "ours", "queries")
-    max_query_chars: int = setting(1200, "longer generated queries are dropped", "ours", "queries")
-    near_duplicate: float = setting(0.7,
-        "Jaccard similarity of character 5-grams from which two queries count as the same", "ours",
-        "queries")
-    max_overlap: float = setting(0.5,
-        "largest share of a generated query's words that its source may contain", "ours", "queries")
-    round_trip_rank: int = setting(3, "the fused ranks must place the source this high or better",
-        "ours", "queries")
+    near_duplicate: float = setting(0.7, "Jaccard similarity of character 5-grams from which two"
+        " queries count as the same", "ours", "queries")
+    max_overlap: float = setting(0.5, "largest share of a generated query's words that its source"
+        " may contain", "ours", "queries")
+    round_trip_rank: int = setting(3, "fused rank that the source must reach", "ours", "queries")
 
     encoder: str = setting("", "dense encoder (any AutoModel) beside BM25", "ours", "retrieval")
     pooling: str = setting("auto", "auto: as the encoder's folder says, else mean", "ours",
         "retrieval", ("auto", "mean", "cls", "last"))
-    query_prefix: str = setting("auto", "text before queries; auto: as the folder says",
-        "ours", "retrieval")
-    doc_prefix: str = setting("auto", "text before documents; auto: as the folder says",
-        "ours", "retrieval")
-    encode_batch: int = setting(32, "texts encoded at once", "ours", "retrieval")
-    fusion: str = setting("minmax", "of BM25 and dense: weighted min-max scores, or RRF (k = 60)",
+    query_prefix: str = setting("auto", "text before queries", "ours", "retrieval")
+    doc_prefix: str = setting("auto", "text before documents", "ours", "retrieval")
+    fusion: str = setting("minmax", "of BM25 and dense: min-max scores, or RRF with k = 60",
         "paper Sec. 3.2: min-max", "retrieval", ("minmax", "rrf"))
-    alpha: float = setting(0.5, "weight of BM25 in the min-max fusion", "paper Sec. 3.2: 0.5",
-        "retrieval")
-    top_k: int = setting(100, "documents a query in the run of --retrieve", "paper Sec. 4: 100",
-        "retrieval")
+    alpha: float = setting(0.5, "weight of BM25; 0: dense alone", "paper Sec. 3.2: 0.5", "retrieval")
+    top_k: int = setting(100, "documents a query in the run", "paper Sec. 4: 100", "retrieval")
 
-    pool_top: int = setting(10, "best candidates in the pool", "paper Sec. 3.2: top 10", "labels")
-    pool_random: int = setting(40, "candidates drawn from the ranks below", "paper Sec. 3.2: 40",
-        "labels")
-    pool_depth: int = setting(200, "lowest rank to draw from", "paper Sec. 3.2: ranks 11-200",
-        "labels")
-    listwise_window: int = setting(0,
-        "documents in a listwise prompt, sliding by half; 0: the whole pool where it fits",
-        "paper Sec. 3.2: all 50 at once", "labels")
-    beta: float = setting(0.5, "weight of the pointwise teacher in Eq. 2", "paper Eq. 2: 0.5",
-        "labels")
-    equal_sum: bool = setting(False,
-        "record log L_p + log L_l, the sum in the authors' sample rows; the order is that of 0.5",
+    pool_top: int = setting(10, "best candidates in a pool", "paper Sec. 3.2: top 10", "labels")
+    pool_random: int = setting(40, "candidates from the ranks below", "paper Sec. 3.2: 40", "labels")
+    pool_depth: int = setting(200, "lowest of these ranks", "paper Sec. 3.2: 11-200", "labels")
+    listwise_window: int = setting(0, "documents in a listwise prompt, sliding by half; 0: the whole"
+        " pool where it fits", "paper Sec. 3.2: all 50 at once", "labels")
+    beta: float = setting(0.5, "weight of the pointwise ranks", "paper Eq. 2: 0.5", "labels")
+    equal_sum: bool = setting(False, "record S without weights, as the authors' sample rows do",
         "paper Eq. 2: weighted", "labels")
-    min_agreement: float = setting(0.4, "NDCG@10 between the teachers below which a query goes",
-        "ours: ReasonRank's 0.4", "labels")
+    min_agreement: float = setting(0.4, "least NDCG@10 between the teachers", "ours: ReasonRank's",
+        "labels")
 
-    groups_per_query: int = setting(2, "groups drawn from each pool",
-        "paper Sec. 3.2: 25,169 samples from 13.6k queries", "groups")
+    groups_per_query: int = setting(2, "groups drawn from a pool",
+        "paper Sec. 3.2: 25,169 samples of 13.6k queries", "groups")
     group_sizes: str = setting("5-20:85,10:9300,20:8700", "SIZE:WEIGHT, the later entry counting",
         "paper Table 7", "groups")
     contiguous_share: float = setting(0.5, "share of groups of neighbours instead of every n-th",
         "ours: the authors' two rows have one of each", "groups")
     sft_share: float = setting(0.77, "share of training groups that are asked for a response",
         "paper: 19,262 of 25,169", "groups")
-    min_response_ndcg: float = setting(0.8,
-        "NDCG@10 of a response's scores against the labels below which it is dropped", "ours",
+    min_response_ndcg: float = setting(0.8, "least NDCG@10 of a response against the labels", "ours",
         "groups")
     dev_share: float = setting(0.05, "share of the queries that are held out", "ours", "groups")
     positive_level: int = setting(5, "label from which a document is a positive", "ours", "groups")
     negative_level: int = setting(2, "label up to which it is a hard negative", "ours", "groups")
-    max_negatives: int = setting(15, "hard negatives a query, the best-retrieved first",
-        "ours: FlagEmbedding mines 15", "groups")
 
     epochs: float = setting(1.0, "passes over the queries", "ours", "retriever")
     batch: int = setting(128, "queries in an optimizer step", "ours", "retriever")
-    chunk: int = setting(32, "texts in one forward and backward pass (gradient caching)", "ours",
+    chunk: int = setting(32, "texts in one pass of an encoder", "ours", "retriever")
+    hard_negatives: int = setting(7, "hard negatives for each query", "ours", "retriever")
+    contrast_temperature: float = setting(0.02, "divides the cosines", "ours: FlagEmbedding's",
         "retriever")
-    hard_negatives: int = setting(7, "hard negatives drawn for each query", "ours", "retriever")
-    contrast_temperature: float = setting(0.02, "divides the cosines of InfoNCE",
-        "ours: FlagEmbedding's 0.02", "retriever")
-    distill_weight: float = setting(0.0, "weight of the KL divergence to the label scores", "ours",
-        "retriever")
-    lr: float = setting(1e-5, "peak learning rate", "ours: FlagEmbedding's 1e-5", "retriever")
-    warmup: float = setting(0.1, "share of the steps with a rising learning rate", "ours",
-        "retriever")
+    distill_weight: float = setting(0.0, "weight of the KL to the label scores", "ours", "retriever")
+    lr: float = setting(1e-5, "peak learning rate", "ours: FlagEmbedding's", "retriever")
     grad_checkpointing: str = setting("auto", "recompute activations; auto: on CUDA", "ours",
         "retriever", ("auto", "on", "off"))
 
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", "machine")
     precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "ours", "machine",
         ("auto", "fp32", "bf16", "fp16"))
-    trust_remote_code: bool = setting(False, "run Python code that comes with a model", "ours",
-        "machine")
+    trust_remote_code: bool = setting(False, "run a model's own Python code", "ours", "machine")
 
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
-        for name in ("pool_top", "groups_per_query", "top_k", "batch", "chunk", "encode_batch",
-                     "epochs", "contrast_temperature", "concurrency", "max_new_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{grouprank.flag(name)} must be positive,"
-                                 f" got {getattr(self, name)}")
-        for name in ("near_duplicate", "max_overlap", "alpha", "beta", "min_agreement", "dev_share",
-                     "contiguous_share", "sft_share", "min_response_ndcg"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{grouprank.flag(name)} must be from 0 to 1,"
-                                 f" got {getattr(self, name)}")
-        for name in ("seed", "retries", "pool_random", "generate_queries", "listwise_window",
-                     "max_calls", "max_tokens", "hard_negatives", "temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{grouprank.flag(name)} must not be negative,"
-                                 f" got {getattr(self, name)}")
+        positive = ("pool_top", "groups_per_query", "top_k", "batch", "chunk", "epochs",
+                    "contrast_temperature", "concurrency", "max_new_tokens", "round_trip_rank")
+        shares = ("near_duplicate", "max_overlap", "alpha", "beta", "min_agreement", "dev_share",
+                  "contiguous_share", "sft_share", "min_response_ndcg")
+        for f in dataclasses.fields(self):
+            value, name = getattr(self, f.name), grouprank.flag(f.name)
+            too_small = isinstance(value, (int, float)) and (
+                value < 0 or (f.name in positive and value == 0))
+            if too_small:
+                least = "positive" if f.name in positive else "at least 0"
+                raise ValueError(f"{name} must be {least}, got {value}")
+            if f.name in shares and value > 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
         if self.negative_level >= self.positive_level:
             raise ValueError(f"--negative-level {self.negative_level} must be below"
                              f" --positive-level {self.positive_level}")
@@ -223,7 +189,7 @@ class Config:
 
 # What may change between two starts of one job without changing its outputs.
 FREE_TO_CHANGE = {"out", "export", "overwrite", "concurrency", "timeout_s", "max_calls",
-                  "max_tokens", "dry_run", "endpoint", "device", "encode_batch"}
+                  "max_tokens", "dry_run", "endpoint", "device", "chunk"}
 
 
 # --- Asking language models -----------------------------------------------------------------------
@@ -365,6 +331,8 @@ class Teacher:
             self._ask_endpoint(chats, missing, temperature, take)
         else:
             self._ask_local(chats, missing, temperature, take)
+        if missing and step not in self.tallies and not self.ledger.stop:
+            self.ledger.stop = f"none of {len(missing)} calls was answered; see {self.failures}"
         if self.ledger.stop:
             raise ValueError(self.ledger.stop)
         return found
@@ -462,14 +430,10 @@ class Teacher:
 
 
 class Rehearsal:
-    """Answers every prompt in the right form, for --dry-run; counts tokens as Teacher does."""
+    """Answers every prompt in the right form, for --dry-run, at about four characters a token."""
 
-    def __init__(self, cfg: Config, name: str, endpoint: str):
+    def __init__(self, cfg: Config):
         self.cfg = cfg
-        if not endpoint:
-            self.encoder = grouprank.PromptEncoder(
-                grouprank.load_tokenizer(name, cfg.trust_remote_code),
-                max_doc_tokens=cfg.max_doc_tokens, max_prompt_tokens=cfg.max_prompt_tokens)
 
     def __call__(self, chats, temperature, top_p, progress=None) -> list[Completion]:
         return [Completion(self.answer(chat), False, self.count(chat), self.cfg.max_new_tokens)
@@ -486,12 +450,10 @@ class Rehearsal:
         return f"<reason></reason><answer>{kinds.get(chat.prompt, scored)}</answer>"
 
     def count(self, chat: Chat) -> int:
-        """Tokens of a prompt."""
-        if hasattr(self, "encoder"):
-            return len(self.encoder.encode(chat.prompt, chat.query, chat.texts)[0])
-        texts = [text[: 4 * self.cfg.max_doc_tokens] for text in chat.texts]
-        messages = grouprank.chat_messages(chat.prompt, chat.query, texts)
-        return sum(len(message["content"]) for message in messages) // 4
+        """Tokens of a prompt, about."""
+        parts = (chat.prompt.system, chat.prompt.user, chat.query)
+        cut = (text[: 4 * self.cfg.max_doc_tokens] for text in chat.texts)
+        return sum(map(len, (*parts, *cut))) // 4
 
 
 def load_teachers(cfg: Config, cache: AnswerCache, ledger: Ledger) -> dict[str, Teacher]:
@@ -501,13 +463,14 @@ def load_teachers(cfg: Config, cache: AnswerCache, ledger: Ledger) -> dict[str, 
         name, at, url = spec.partition("@http")
         endpoint = f"http{url}" if at else cfg.endpoint
         if cfg.dry_run:
-            return Teacher(name, Rehearsal(cfg, name, endpoint), cache, ledger, cfg)
+            return Teacher(name, Rehearsal(cfg), cache, ledger, cfg)
         shared = {f.name for f in dataclasses.fields(grouprank.Config)} & {
             "max_new_tokens", "max_doc_tokens", "max_prompt_tokens", "concurrency", "timeout_s",
             "device", "precision", "trust_remote_code"}
         settings = {name: getattr(cfg, name) for name in shared}
         backend = grouprank.load_backend(
             grouprank.Config(model=name, endpoint=endpoint, **settings))
+        grouprank.spare_threads(backend.model)
         return Teacher(name, backend, cache, ledger, cfg)
 
     specs = {"pointwise": cfg.pointwise_llm or cfg.llm, "listwise": cfg.listwise_llm or cfg.llm,
@@ -645,6 +608,9 @@ QUERY_LEVELS = {
     "expert": "only somebody who knows the field would see that the document helps"}
 
 
+QUERY_CHARS = (12, 1200)  # a generated query outside of this is dropped
+
+
 def read_query(text: str, n_docs: int = 1) -> str | None:
     """The query in an answer, on one line; None where the form is not as asked for."""
     _, inside, tags_ok = grouprank.read_tags(text)
@@ -751,7 +717,7 @@ def query_fault(topic: Topic, work: Work, kept: NearDuplicates, excluded: NearDu
     cfg, text = work.cfg, topic.text
     if not text:
         return "no answer in the right form"
-    if not cfg.min_query_chars <= len(text) <= cfg.max_query_chars:
+    if not QUERY_CHARS[0] <= len(text) <= QUERY_CHARS[1]:
         return "length"
     if word_overlap(text, work.corpus[topic.source]) > cfg.max_overlap:
         return "shares its words with the source"
@@ -799,12 +765,15 @@ class Encoder:
 
     def __init__(self, path: str, cfg: Config, dtype=None):
         self.machine = grouprank.pick_machine(cfg.device, cfg.precision)
-        self.tokenizer = grouprank.load_tokenizer(path, cfg.trust_remote_code)
+        options = {"trust_remote_code": cfg.trust_remote_code}
+        if "/" not in path and not Path(path).is_dir():
+            raise ValueError(f"--encoder {path}: no such folder (on the hub it looks like org/name)")
         try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
             self.model = transformers.AutoModel.from_pretrained(
-                path, dtype=dtype or self.machine.dtype, trust_remote_code=cfg.trust_remote_code)
+                path, dtype=dtype or self.machine.dtype, **options)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--encoder {path}: no model could be loaded"
+            raise ValueError(f"--encoder {path}: no encoder could be loaded"
                              f" ({grouprank.first_line(error)})") from None
         self.model = self.model.to(self.machine.device).eval()
         self.tokenizer.padding_side = "right"  # pooling counts on it
@@ -815,7 +784,7 @@ class Encoder:
         self.prefixes = {kind: says.get(kind, "") if text == "auto" else text
                          for kind, text in given.items()}
         context = getattr(self.model.config, "max_position_embeddings", None) or cfg.max_doc_tokens
-        self.max_tokens, self.batch = min(cfg.max_doc_tokens, context), cfg.encode_batch
+        self.max_tokens, self.batch = min(cfg.max_doc_tokens, context), cfg.chunk
 
     def vectors(self, texts: Sequence[str], kind: str) -> Tensor:
         """Unit vectors of a few texts in float32, (len(texts), width); gradients flow."""
@@ -1075,7 +1044,8 @@ def fuse_ranks(pointwise: Sequence[float], listwise: Sequence[float], beta: floa
     (`equal_sum`), which is Eq. 2 with beta 0.5 times two: other numbers in the same order.
     """
     a, b = (1.0, 1.0) if equal_sum else (beta, 1 - beta)
-    return [-a * math.log(p) - b * math.log(l) for p, l in zip(pointwise, listwise, strict=True)]
+    pairs = zip(pointwise, listwise, strict=True)
+    return [-a * math.log(rank_p) - b * math.log(rank_l) for rank_p, rank_l in pairs]
 
 
 def deal_scores(fused: Sequence[float], scores: Sequence[float]) -> list[float]:
@@ -1186,7 +1156,8 @@ def draw_samples(work: Work, topics: Sequence[Topic]) -> list[Sample]:
     """The groups of all topics; a share of the topics is held out, with all their groups."""
     cfg, weights = work.cfg, parse_sizes(work.cfg.group_sizes)
     by_chance = sorted(topics, key=lambda t: work.rng("dev", t.qid).random())
-    held_out = {t.qid for t in by_chance[: round(cfg.dev_share * len(topics))]}
+    n_dev = max(round(cfg.dev_share * len(topics)), len(topics) > 1 and cfg.dev_share > 0)
+    held_out = {t.qid for t in by_chance[:n_dev]}
     samples = []
     for t in sorted(topics, key=lambda t: t.qid):
         groups = sample_groups(t.labels, cfg.groups_per_query, weights, cfg.contiguous_share,
@@ -1253,6 +1224,9 @@ def reranker_row(work: Work, sample: Sample) -> dict:
     return row
 
 
+MAX_NEGATIVES = 15  # a query, the best-retrieved first; as many as FlagEmbedding mines
+
+
 def retriever_row(work: Work, topic: Topic) -> dict | None:
     """FlagEmbedding's fields: positives, and hard negatives in first-stage order; or None.
 
@@ -1260,7 +1234,7 @@ def retriever_row(work: Work, topic: Topic) -> dict | None:
     """
     cfg, docs = work.cfg, list(zip(topic.pool, topic.labels, strict=True))
     pos = sorted((d for d in docs if d[1] >= cfg.positive_level), key=lambda d: -d[1])
-    neg = [d for d in docs if d[1] <= cfg.negative_level][: cfg.max_negatives]
+    neg = [d for d in docs if d[1] <= cfg.negative_level][:MAX_NEGATIVES]
     if not pos or not neg:
         return None
     row = {"query": topic.text}
@@ -1350,6 +1324,9 @@ def write_outputs(work: Work, topics: Sequence[Topic], samples: Sequence[Sample]
 def write_record(cfg: Config, folder: Path, counts: Counter | None = None) -> None:
     """synth.json: settings, and at the end the counts. Refuses a folder with other settings."""
     path, settings = folder / "synth.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
+    if not path.exists():  # then these are none of ours
+        for name in ("reranker.train.jsonl", "reranker.dev.jsonl", "retriever.jsonl"):
+            evaluate.refuse_overwrite(folder / name, cfg.overwrite)
     if path.exists() and not cfg.overwrite:
         before = json.loads(path.read_text(encoding="utf-8"))["config"]
         for name in sorted(before.keys() & settings.keys() - FREE_TO_CHANGE):
@@ -1379,19 +1356,20 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     excluded = read_excluded_queries(cfg)
     if cfg.dry_run:  # nothing may be lost on the way: the most that the job can take
         cfg = dataclasses.replace(
-            cfg, min_query_chars=0, max_overlap=1.0, round_trip_rank=size + 1, min_agreement=0.0)
+            cfg, max_overlap=1.0, round_trip_rank=size + 1, min_agreement=0.0)
     else:
         write_record(cfg, folder)
     path = folder / "answers.jsonl"
     cache = AnswerCache(path if path.exists() or not cfg.dry_run else Path(os.devnull))
     ledger = Ledger(cfg.max_calls, cfg.max_tokens)
     work = Work(cfg, corpus, excluded_docs, make_teachers(cfg, cache, ledger), counts)
-    print(f"models: " + ", ".join(f"{step} {t.name}" for step, t in work.teachers.items())
+    print("models: " + ", ".join(f"{step} {t.name}" for step, t in work.teachers.items())
           + f"; {len(cache.places):,} answers in {cache.path}", flush=True)
     if cfg.generate_queries:
         topics = generate_queries(work, excluded)
     else:
         topics = given_queries(work, queries, excluded)
+    check_left(work, topics)
     encoder = Encoder(cfg.encoder, cfg) if cfg.encoder else None
     print(f"retrieval: {describe_retrieval(cfg, encoder)}, {len(topics)} queries", flush=True)
     fill_pools(work, topics, encoder)
@@ -1403,12 +1381,17 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
               f" {ledger.completion_tokens:,} answer tokens ({cfg.max_new_tokens} each);"
               f" {ledger.cached:,} answers are there already. Nothing was asked or written.")
         return work
-    if not samples:
-        raise ValueError("no query was left: " + ", ".join(
-            f"{n} {name}" for name, n in sorted(counts.items()) if "dropped" in name))
+    check_left(work, samples)
     check_leaks(topics, excluded)
     write_outputs(work, topics, samples)
     return work
+
+
+def check_left(work: Work, left: Sequence) -> None:
+    """ValueError with the reasons when every query is gone."""
+    if not left:
+        reasons = (f"{n} {name}" for name, n in sorted(work.counts.items()) if "dropped" in name)
+        raise ValueError(f"no query is left: {', '.join(reasons)}")
 
 
 def describe_retrieval(cfg: Config, encoder) -> str:
@@ -1439,21 +1422,22 @@ def run_retrieve(cfg: Config) -> None:
 # --- Retriever ------------------------------------------------------------------------------------
 
 
-def retriever_loss(queries: Tensor, docs: Tensor, temperature: float, known: Tensor,
+def retriever_loss(vectors: Tensor, n_queries: int, temperature: float, known: Tensor,
                    labels: Tensor, distill_weight: float = 0.0) -> Tensor:
     """InfoNCE with in-batch and hard negatives, plus KL from the label scores of the own documents.
 
     L = -mean_b log( exp(q_b.d_b / tau) / sum_j exp(q_b.d_j / tau) ) + w KL(softmax(labels) || own)
 
-    queries (B, D) and docs (B M, D) are unit vectors; documents b M .. b M + M - 1 belong to query
-    b, its positive first. known (B, B M) is true for other documents that are positives of query b:
+    vectors (B + B M, D): B queries, then B M documents, all of length 1; documents b M, ... belong
+    to query b, its positive first. known (B, B M) is true for other documents that are positives of query b:
     they are no negatives. labels (B, M), 0-10, are divided by 2 before the softmax.
     """
-    n, own = len(queries), torch.arange(len(queries))
+    queries, docs = vectors[:n_queries], vectors[n_queries:]
+    own = torch.arange(n_queries, device=vectors.device)
     logits = (queries @ docs.T / temperature).masked_fill(known, -math.inf)  # (B, B M)
-    loss = F.cross_entropy(logits, own.to(docs.device) * (len(docs) // n))
+    loss = F.cross_entropy(logits, own * (len(docs) // n_queries))
     if distill_weight:
-        mine = logits.view(n, n, -1)[own, own]  # (B, M)
+        mine = logits.view(n_queries, n_queries, -1)[own, own]  # (B, M)
         gold = (labels / 2).softmax(-1)
         loss = loss + distill_weight * F.kl_div(mine.log_softmax(-1), gold, reduction="batchmean")
     return loss
@@ -1505,9 +1489,11 @@ def draw_batch(rows: Sequence[dict], n_negatives: int, rng: random.Random):
             range(n), k=n_negatives)
         texts += [row["pos"][place], *(row["neg"][i] for i in chosen)]
         labels.append([row["pos_scores"][place], *(row["neg_scores"][i] for i in chosen)])
-    known = torch.zeros(len(rows), len(texts), dtype=torch.bool)
+    known, places = torch.zeros(len(rows), len(texts), dtype=torch.bool), {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, []).append(place)
     for b, row in enumerate(rows):
-        known[b] = torch.tensor([text in row["pos"] for text in texts])
+        known[b, [place for text in row["pos"] for place in places.get(text, ())]] = True
         known[b, b * (1 + n_negatives)] = False
     return texts, torch.tensor(labels, dtype=torch.float32), known
 
@@ -1520,11 +1506,8 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
     rows = read_pairs(path)
     encoder = Encoder(cfg.encoder, cfg, dtype=torch.float32)
     device = encoder.machine.device
-    for module in encoder.model.modules():  # dropout off: both passes of a chunk must agree
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if cfg.grad_checkpointing == "on" or (cfg.grad_checkpointing, device.type) == ("auto", "cuda"):
-        grouprank.recompute_activations(encoder.model)
+    training = grouprank.Config(lora_rank=0, grad_checkpointing=cfg.grad_checkpointing)
+    grouprank.set_up_training(encoder.model, training, encoder.machine)  # dropout off, too
     encoder.model.train()
     optimizer = grouprank.Optimizer(encoder.model, encoder.machine, grad_clip=1.0, weight_decay=0.0)
     batch = min(cfg.batch, len(rows))
@@ -1539,10 +1522,11 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
         parts = (("query", [row["query"] for row in chosen]), ("document", texts))
         chunks = [(part[i : i + cfg.chunk], kind) for kind, part in parts
                   for i in range(0, len(part), cfg.chunk)]
-        loss = cached_backward(encoder, chunks, lambda vectors: retriever_loss(
-            vectors[:batch], vectors[batch:], cfg.contrast_temperature, known.to(device),
-            labels.to(device), cfg.distill_weight), optimizer.backward)
-        lr = grouprank.learning_rate(step, n_steps, cfg.lr, cfg.warmup, "linear")
+        loss_of = functools.partial(
+            retriever_loss, n_queries=batch, temperature=cfg.contrast_temperature,
+            known=known.to(device), labels=labels.to(device), distill_weight=cfg.distill_weight)
+        loss = cached_backward(encoder, chunks, loss_of, optimizer.backward)
+        lr = grouprank.learning_rate(step, n_steps, cfg.lr, 0.1, "linear")
         norm, _ = optimizer.step(lr)
         if step % max(n_steps // 10, 1) == 0 or step + 1 == n_steps:
             print(f"step {step + 1}/{n_steps} loss {loss:.4f} grad norm {norm:.3f} lr {lr:.2e}"
@@ -1634,7 +1618,7 @@ class SimulatedTeacher:
 
 # The demo's world is small: short texts, groups of six, and no query word in any document.
 DEMO = {"llm": "simulated teacher", "generate_queries": 1300, "min_doc_chars": 20,
-        "min_query_chars": 8, "near_duplicate": 0.9, "groups_per_query": 18, "group_sizes": "6",
+        "near_duplicate": 0.9, "groups_per_query": 18, "group_sizes": "6",
         "sft_share": 0.9, "positive_level": 4, "negative_level": 1, "epochs": 8.0, "batch": 64,
         "chunk": 64, "contrast_temperature": 0.05, "lr": 5e-3}
 DEMO_DOCS, DEMO_TEST_QUERIES = 3000, 100
