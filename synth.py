@@ -200,22 +200,21 @@ class AnswerCache:
 
     A line is {"key", "model", "seed", "text", "truncated", "prompt_tokens", "completion_tokens"},
     written with one system call as soon as the answer is there, so that killing the job at any
-    moment loses none. Lines that cannot be read are named, counted and skipped.
+    moment loses none. Lines that cannot be read are named and skipped.
     """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.lock, self.n_corrupt = path, threading.Lock(), 0
+        self.path, self.lock, self.end, line = path, threading.Lock(), 0, b"\n"
         self.places: dict[str, tuple[int, int]] = {}  # key -> (offset, bytes)
-        self.file, self.end, line = open(path, "a+b", buffering=0), 0, b"\n"
+        self.file = open(path, "a+b", buffering=0)
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     record = json.loads(line)
-                    self.places[str(record["key"])] = (self.end, len(line))
-                    record["text"], record["prompt_tokens"], record["completion_tokens"]
+                    if isinstance(record["text"], str):
+                        self.places[record["key"]] = (self.end, len(line))
                 except (ValueError, KeyError, TypeError):
-                    self.n_corrupt += 1
                     print(f"note: {path}, line {number} is corrupt and skipped", file=sys.stderr)
                 self.end += len(line)
         if not line.endswith(b"\n"):  # a kill or a full disk cut the last line
@@ -223,12 +222,11 @@ class AnswerCache:
 
     def _append(self, line: bytes) -> None:
         try:
-            written = self.file.write(line)
-            if written != len(line):  # the disk is filling up: this raises what the matter is
-                self.file.write(line[written:])
+            while line:  # the rest of a write that a full disk cut short raises what the matter is
+                written = self.file.write(line)
+                self.end, line = self.end + written, line[written:]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self.end += len(line)
 
     def add(self, key: str, record: dict) -> None:
         """Append one answer."""
@@ -238,12 +236,18 @@ class AnswerCache:
             self._append(line + b"\n")
             self.places[key] = place
 
-    def get(self, key: str) -> dict | None:
-        """The record of a key, if there is one."""
+    def text(self, key: str) -> str | None:
+        """The answer that belongs to a key, if there is one."""
         if key not in self.places:
             return None
         offset, size = self.places[key]
-        return json.loads(os.pread(self.file.fileno(), size, offset))
+        return json.loads(os.pread(self.file.fileno(), size, offset))["text"]
+
+
+CALLS_PER_BATCH = 32  # of a local model: its answers arrive batch by batch
+ERRORS_IN_A_ROW = 20  # calls without any answer after which the job stops
+FIRST_ANSWERS, LEAST_USABLE = 20, 0.05  # from so many answers on, a smaller share stops the job
+Read = Callable[[str, int], object]  # an answer's text and the number of documents -> value or None
 
 
 @dataclass
@@ -254,7 +258,7 @@ class Ledger:
     calls: int = 0
     cached: int = 0
     prompt_tokens: int = 0
-    completion_tokens: int = 0
+    answer_tokens: int = 0
     errors_in_a_row: int = 0
     stop: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -262,29 +266,34 @@ class Ledger:
     def may_call(self) -> bool:
         """Count one more call, unless a budget is spent or something is wrong."""
         with self.lock:
-            tokens = self.prompt_tokens + self.completion_tokens
-            go_on = "; what was answered is kept: the same command with a larger one goes on"
+            tokens, reason = self.prompt_tokens + self.answer_tokens, ""
             if self.max_calls and self.calls >= self.max_calls:
-                self.stop = self.stop or f"stopped at --max-calls {self.max_calls}{go_on}"
+                reason = f"stopped at --max-calls {self.max_calls}"
             elif self.max_tokens and tokens >= self.max_tokens:
-                self.stop = self.stop or f"stopped at {tokens} tokens (--max-tokens){go_on}"
+                reason = f"stopped at --max-tokens {self.max_tokens} ({tokens} used)"
+            if reason and not self.stop:
+                self.stop = f"{reason}; the answers are kept: a larger budget goes on from here"
             self.calls += not self.stop
             return not self.stop
 
-
-CALLS_PER_BATCH = 32  # of a local model: its answers arrive batch by batch
-ERRORS_IN_A_ROW = 20  # calls without any answer after which the job stops
-FIRST_ANSWERS, LEAST_USABLE = 20, 0.05  # so many answers may show whether a model can do the job
-Read = Callable[[str, int], object]  # an answer's text and the number of documents -> value or None
+    def note(self, name: str, completion: Completion) -> None:
+        """Count the tokens of a call, and calls in a row that were not answered."""
+        with self.lock:
+            self.prompt_tokens += completion.prompt_tokens
+            self.answer_tokens += completion.completion_tokens
+            self.errors_in_a_row = self.errors_in_a_row + 1 if completion.error else 0
+            if self.errors_in_a_row == ERRORS_IN_A_ROW:
+                self.stop = (f"{ERRORS_IN_A_ROW} calls of {name} in a row were not answered; the"
+                             f" last one: {completion.error}; all answers so far are kept")
 
 
 class Teacher:
     """A language model behind the cache: text in, parsed answer out."""
 
     def __init__(self, name: str, backend, cache: AnswerCache, ledger: Ledger, cfg: Config):
-        self.name, self.backend, self.cache, self.ledger, self.cfg = (
-            name, backend, cache, ledger, cfg)
-        self.tallies: dict[str, list] = {}  # step -> [answers, usable ones, some unusable ones]
+        self.name, self.backend, self.cfg = name, backend, cfg
+        self.cache, self.ledger = cache, ledger
+        self.tallies: dict[str, list] = {}  # step -> [answers, usable ones, three unusable ones]
         self.failures = cache.path.with_name("failures.jsonl")
 
     def ask(self, step: str, chats: Sequence[Chat], read: Read) -> list[tuple[object, str] | None]:
@@ -294,106 +303,92 @@ class Teacher:
         """
         answers: list[tuple[object, str] | None] = [None] * len(chats)
         before, started = dataclasses.replace(self.ledger), time.perf_counter()
-        hidden = not sys.stderr.isatty()
-        with tqdm(total=len(chats), desc=step, unit="call", disable=hidden) as progress:
+        with tqdm(total=len(chats), desc=step, disable=not sys.stderr.isatty()) as progress:
             for attempt in range(self.cfg.retries + 1):
                 left = [i for i, answer in enumerate(answers) if answer is None]
                 tries = [dataclasses.replace(chats[i], seed=(*chats[i].seed, attempt))
                          for i in left]
                 # Greedy decoding would repeat its own mistake: a second try always samples.
                 temperature = max(self.cfg.temperature, 0.3 if attempt else 0.0)
-                found = self._complete(step, tries, temperature, read, progress)
+                found = self._try(step, tries, temperature, read, progress)
                 for i, answer in zip(left, found, strict=True):
                     answers[i] = answer
-        self._report(step, before, answers, time.perf_counter() - started)
+        n_none, now, seconds = answers.count(None), self.ledger, time.perf_counter() - started
+        if chats and n_none == len(chats):
+            raise ValueError(self._complaint(step))
+        answered = now.answer_tokens - before.answer_tokens
+        print(f"{step}: {len(chats)} prompts, {now.calls - before.calls} calls,"
+              f" {now.cached - before.cached} answers from the cache,"
+              f" {now.prompt_tokens - before.prompt_tokens:,} prompt and {answered:,} answer tokens"
+              f" ({answered / seconds:,.0f}/s), {grouprank.clock(seconds)};"
+              f" {n_none} without a usable answer", flush=True)
         return answers
 
-    def _complete(self, step, chats, temperature, read, progress) -> list:
-        """One try at each chat: the cache's answers, then the model's."""
+    def _try(self, step, chats, temperature, read, progress) -> list:
+        """One try at each chat: the cache's answers, then the model's, kept as they arrive."""
         keys = [self._key(chat, temperature) for chat in chats]
-        found: list[tuple[object, str] | None] = [None] * len(chats)
-        missing = []
-        for i, key in enumerate(keys):
-            if record := self.cache.get(key):
-                self.ledger.cached += 1
-                found[i] = self._judge(step, record["text"], key, len(chats[i].texts), read)
-                progress.update(found[i] is not None)
+        texts = list(map(self.cache.text, keys))
+        found = [None if text is None else self._judge(step, chat, key, text, read)
+                 for chat, key, text in zip(chats, keys, texts, strict=True)]
+        missing = [i for i, text in enumerate(texts) if text is None]
+        self.ledger.cached += len(chats) - len(missing)
+        progress.update(len(found) - found.count(None))
+
+        def call(places: Sequence[int]) -> None:
+            places = [i for i in places if self.ledger.may_call()]
+            asked = [chats[i] for i in places]
+            if isinstance(self.backend, Endpoint):
+                completions = [self.backend.ask(c, temperature, self.cfg.top_p) for c in asked]
             else:
-                missing.append(i)
+                completions = self.backend(asked, temperature, self.cfg.top_p)
+            for i, completion in zip(places, completions, strict=True):
+                found[i] = self._record(step, chats[i], keys[i], completion, read)
+                progress.update(found[i] is not None)
+                spent = self.ledger.prompt_tokens + self.ledger.answer_tokens
+                progress.set_postfix_str(f"{spent:,} tokens", refresh=False)
 
-        def take(i: int, completion: Completion) -> None:
-            found[i] = self._record(step, chats[i], keys[i], completion, read)
-            progress.update(found[i] is not None)
-            spent = self.ledger.prompt_tokens + self.ledger.completion_tokens
-            progress.set_postfix_str(f"{spent:,} tokens", refresh=False)
-
-        if isinstance(self.backend, Endpoint):
-            self._ask_endpoint(chats, missing, temperature, take)
-        else:
-            self._ask_local(chats, missing, temperature, take)
+        # An endpoint has many requests in flight; each thread keeps its answer before it asks on.
+        size, n_threads = ((1, self.cfg.concurrency) if isinstance(self.backend, Endpoint)
+                           else (CALLS_PER_BATCH, 1))
+        pool = concurrent.futures.ThreadPoolExecutor(n_threads)
+        try:
+            for start in range(0, len(missing), 10_000):
+                part = missing[start : start + 10_000]
+                list(pool.map(call, (part[i : i + size] for i in range(0, len(part), size))))
+        finally:  # what is in flight has been paid for: wait for it, start no more
+            pool.shutdown(wait=True, cancel_futures=True)
         if missing and step not in self.tallies and not self.ledger.stop:
             self.ledger.stop = f"none of {len(missing)} calls was answered; see {self.failures}"
         if self.ledger.stop:
             raise ValueError(self.ledger.stop)
         return found
 
-    def _ask_endpoint(self, chats, missing, temperature, take) -> None:
-        """Many requests in flight; each answer is on disk before its thread asks the next."""
-        def ask_one(i: int) -> None:
-            if self.ledger.may_call():
-                take(i, self.backend.ask(chats[i], temperature, self.cfg.top_p))
-
-        pool = concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency)
-        try:
-            list(pool.map(ask_one, missing))
-        finally:  # what is in flight has been paid for: wait for it, start no more
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _ask_local(self, chats, missing, temperature, take) -> None:
-        for start in range(0, len(missing), CALLS_PER_BATCH):
-            batch = [i for i in missing[start : start + CALLS_PER_BATCH] if self.ledger.may_call()]
-            answers = self.backend([chats[i] for i in batch], temperature, self.cfg.top_p)
-            for i, completion in zip(batch, answers, strict=True):
-                take(i, completion)
-
     def _key(self, chat: Chat, temperature: float) -> str:
         """Model, prompt, settings and seed of a call, as 32 hex digits."""
         cfg = self.cfg
-        parts = [self.name, chat.prompt.system, chat.prompt.user, chat.query, chat.texts, chat.seed,
-                 temperature, cfg.top_p, cfg.max_new_tokens, cfg.max_doc_tokens,
-                 cfg.max_prompt_tokens]
+        limits = (cfg.max_new_tokens, cfg.max_doc_tokens, cfg.max_prompt_tokens)
+        parts = (self.name, chat.prompt.system, chat.prompt.user, chat.query, chat.texts, chat.seed,
+                 temperature, cfg.top_p, limits)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _record(self, step, chat, key, completion: Completion, read) -> tuple[object, str] | None:
         """Keep an answer at once, or log why there is none; then read it."""
-        ledger, what = self.ledger, {"step": step, "model": self.name, "seed": chat.seed}
-        with ledger.lock:
-            ledger.prompt_tokens += completion.prompt_tokens
-            ledger.completion_tokens += completion.completion_tokens
-            ledger.errors_in_a_row = ledger.errors_in_a_row + 1 if completion.error else 0
-            if ledger.errors_in_a_row >= ERRORS_IN_A_ROW:
-                ledger.stop = (f"{ERRORS_IN_A_ROW} calls of {self.name} in a row were not answered;"
-                               f" the last one: {completion.error}; what was answered before is"
-                               " kept: the same command goes on")
-        if completion.error:
-            self._log({**what, "error": completion.error})
-            return None
-        record = dataclasses.asdict(completion)
-        del record["error"]
-        if not self.cfg.dry_run:
-            self.cache.add(key, {"model": self.name, "seed": chat.seed, **record})
-        value = self._judge(step, completion.text, key, len(chat.texts), read)
-        if value is None:
-            self._log({**what, "unusable": completion.text, "truncated": completion.truncated})
-        return value
+        self.ledger.note(self.name, completion)
+        record = {"model": self.name, "seed": chat.seed, **dataclasses.asdict(completion)}
+        error, answer = record.pop("error"), None
+        if not error:
+            if not self.cfg.dry_run:
+                self.cache.add(key, record)
+            answer = self._judge(step, chat, key, completion.text, read)
+        if answer is None:
+            line = {"step": step, **record, "error": error or "unusable"}
+            with self.ledger.lock, open(self.failures, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return answer
 
-    def _log(self, entry: dict) -> None:
-        with self.ledger.lock, open(self.failures, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-    def _judge(self, step, text, key, n_docs, read) -> tuple[object, str] | None:
+    def _judge(self, step, chat, key, text, read) -> tuple[object, str] | None:
         """Read an answer; stop the job when it is plain that this model cannot do this step."""
-        value = read(text, n_docs)
+        value = read(text, len(chat.texts))
         with self.ledger.lock:
             tally = self.tallies.setdefault(step, [0, 0, []])
             tally[0] += 1
@@ -410,18 +405,6 @@ class Teacher:
         return (f"{self.name} does not answer in the form that the {step} prompt asks for:"
                 f" {n_usable} of {n_answers} answers were usable. Three of them: {shown}")
 
-    def _report(self, step, before: Ledger, answers, seconds) -> None:
-        """A line on what a step took; stop if it brought nothing at all."""
-        now, n_none = self.ledger, answers.count(None)
-        if answers and n_none == len(answers) and self.tallies.get(step):
-            raise ValueError(self._complaint(step))
-        answered = now.completion_tokens - before.completion_tokens
-        print(f"{step}: {len(answers)} prompts, {now.calls - before.calls} calls,"
-              f" {now.cached - before.cached} answers from the cache,"
-              f" {now.prompt_tokens - before.prompt_tokens:,} + {answered:,} tokens,"
-              f" {answered / max(seconds, 1e-9):,.0f} tokens/s, {grouprank.clock(seconds)};"
-              f" {n_none} without a usable answer", flush=True)
-
     def doc_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of documents as they are cut; for a server, four characters are taken as one."""
         encoder = getattr(self.backend, "encoder", None)
@@ -429,31 +412,24 @@ class Teacher:
         return [min(length, self.cfg.max_doc_tokens) + 6 for length in lengths]
 
 
-class Rehearsal:
-    """Answers every prompt in the right form, for --dry-run, at about four characters a token."""
+def rehearse(chats: Sequence[Chat], temperature, top_p, *, cfg: Config) -> list[Completion]:
+    """The back end of --dry-run: right answers to every prompt, four characters taken as a token.
 
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
-
-    def __call__(self, chats, temperature, top_p, progress=None) -> list[Completion]:
-        return [Completion(self.answer(chat), False, self.count(chat), self.cfg.max_new_tokens)
-                for chat in chats]
-
-    def answer(self, chat: Chat) -> str:
-        """Scores from a checksum of each text, the same in all steps: the teachers agree."""
+    Scores are checksums of the texts, the same in all steps, so that the teachers agree.
+    """
+    completions = []
+    for chat in chats:
         scores = [zlib.crc32(text.encode("utf-8", "replace")) % 11 for text in chat.texts]
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
-        kinds = {METHODS["pointwise"].prompt: str(scores[0]),
-                 METHODS["listwise"].prompt: " > ".join(f"[{i + 1}]" for i in order),
-                 QUERY_PROMPT: hashlib.sha256(repr(chat).encode()).hexdigest()}
+        answers = {METHODS["pointwise"].prompt: str(scores[0]),
+                   METHODS["listwise"].prompt: " > ".join(f"[{i + 1}]" for i in order),
+                   QUERY_PROMPT: hashlib.sha256(repr(chat).encode()).hexdigest()}
         scored = json.dumps({f"[{i}]": score for i, score in enumerate(scores, 1)})
-        return f"<reason></reason><answer>{kinds.get(chat.prompt, scored)}</answer>"
-
-    def count(self, chat: Chat) -> int:
-        """Tokens of a prompt, about."""
-        parts = (chat.prompt.system, chat.prompt.user, chat.query)
-        cut = (text[: 4 * self.cfg.max_doc_tokens] for text in chat.texts)
-        return sum(map(len, (*parts, *cut))) // 4
+        text = f"<reason></reason><answer>{answers.get(chat.prompt, scored)}</answer>"
+        parts = (chat.prompt.system, chat.prompt.user, chat.query,
+                 *(text[: 4 * cfg.max_doc_tokens] for text in chat.texts))
+        completions.append(Completion(text, False, sum(map(len, parts)) // 4, cfg.max_new_tokens))
+    return completions
 
 
 def load_teachers(cfg: Config, cache: AnswerCache, ledger: Ledger) -> dict[str, Teacher]:
@@ -461,15 +437,13 @@ def load_teachers(cfg: Config, cache: AnswerCache, ledger: Ledger) -> dict[str, 
     @functools.cache
     def load(spec: str) -> Teacher:
         name, at, url = spec.partition("@http")
-        endpoint = f"http{url}" if at else cfg.endpoint
         if cfg.dry_run:
-            return Teacher(name, Rehearsal(cfg), cache, ledger, cfg)
-        shared = {f.name for f in dataclasses.fields(grouprank.Config)} & {
-            "max_new_tokens", "max_doc_tokens", "max_prompt_tokens", "concurrency", "timeout_s",
-            "device", "precision", "trust_remote_code"}
-        settings = {name: getattr(cfg, name) for name in shared}
-        backend = grouprank.load_backend(
-            grouprank.Config(model=name, endpoint=endpoint, **settings))
+            return Teacher(name, functools.partial(rehearse, cfg=cfg), cache, ledger, cfg)
+        shared = ("max_new_tokens", "max_doc_tokens", "max_prompt_tokens", "concurrency",
+                  "timeout_s", "device", "precision", "trust_remote_code")
+        backend = grouprank.load_backend(grouprank.Config(
+            model=name, endpoint=at[1:] + url or cfg.endpoint,
+            **{option: getattr(cfg, option) for option in shared}))
         grouprank.spare_threads(backend.model)
         return Teacher(name, backend, cache, ledger, cfg)
 
@@ -1206,7 +1180,7 @@ def reranker_row(work: Work, sample: Sample) -> dict:
            "docs": [{"id": t.pool[i], "text": work.corpus[t.pool[i]]} for i in sample.docs],
            "scores": [t.labels[i] for i in sample.docs]}
     if sample.response:
-        row["response"] = texts.get(sample.response)["text"]
+        row["response"] = texts.text(sample.response)
     pick = lambda values: [values[i] for i in sample.docs]  # noqa: E731
     prompts = {step: method.prompt for step, method in METHODS.items()} | {"queries": QUERY_PROMPT}
     used = [step for step in (*t.keys, "groupwise") if step in t.keys or sample.response]
@@ -1218,7 +1192,7 @@ def reranker_row(work: Work, sample: Sample) -> dict:
         "listwise_ranks": pick(t.listwise), "fused": pick(t.fused), "agreement": t.agreement,
         "models": {step: work.teachers[step].name for step in used},
         "prompt_hashes": {step: prompts[step].hash for step in used},
-        "raw": {step: [texts.get(key)["text"] for key in keys] for step, keys in (
+        "raw": {step: [texts.text(key) for key in keys] for step, keys in (
             t.keys | {"pointwise": pick(t.keys["pointwise"])}).items()},
         "seed": work.cfg.seed, "version": grouprank.VERSION}
     return row
@@ -1378,7 +1352,7 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     add_responses(work, samples)
     if cfg.dry_run:
         print(f"dry run: at most {ledger.calls:,} calls, {ledger.prompt_tokens:,} prompt tokens and"
-              f" {ledger.completion_tokens:,} answer tokens ({cfg.max_new_tokens} each);"
+              f" {ledger.answer_tokens:,} answer tokens ({cfg.max_new_tokens} each);"
               f" {ledger.cached:,} answers are there already. Nothing was asked or written.")
         return work
     check_left(work, samples)

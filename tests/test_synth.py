@@ -177,14 +177,22 @@ def test_agreement_is_ndcg_of_the_listwise_order_with_pointwise_gains():
 
 
 def test_first_stage_fusion_reproduces_pyserinis_files(real_data):
-    """Interpolation and RRF as they are; min-max but for constant lists: 0 here, 1 there."""
+    """Interpolation, and RRF by the rank column (its gaps are gaps); min-max but for constant lists:
+    0 here, 1 there."""
     read = lambda name: evaluate.read_run(real_data / f"fusion/simple_trec_run_{name}.txt")  # noqa: E731
     one, two = read("fusion_1"), read("fusion_2")
+
+    def ranking(number, qid):
+        lines = (real_data / f"fusion/simple_trec_run_fusion_{number}.txt").read_text().splitlines()
+        place = {int(line.split()[3]): line.split()[2] for line in lines if line.split()[0] == qid}
+        return [place.get(rank, "nothing") for rank in range(1, max(place, default=0) + 1)]
+
     for qid, expected in read("interpolation_verify").items():
         assert synth.interpolate(one.get(qid, {}), two.get(qid, {}), 0.4) == pytest.approx(expected)
     for qid, expected in read("rrf_verify").items():
-        runs = [evaluate.sort_run(run[qid]) for run in (one, two) if qid in run]
-        assert synth.reciprocal_rank_fusion(runs, k=60) == pytest.approx(expected)
+        runs = [ranking(number, qid) for number in (1, 2)]
+        fused = synth.reciprocal_rank_fusion(runs, k=60)
+        assert {doc: fused[doc] for doc in expected} == pytest.approx(expected)
     for qid, expected in read("normalize_verify").items():
         ours = dict(zip(one[qid], evaluate.minmax(one[qid].values()), strict=True))
         assert ours == (expected if len(expected) > 1 else dict.fromkeys(expected, 0.0))
@@ -259,7 +267,7 @@ def test_listwise_windows_slide_from_the_end_by_half():
 def test_near_duplicates_are_those_that_a_full_comparison_finds():
     rng = random.Random(0)
     words = [f"w{rng.randrange(50)}" for _ in range(900)]
-    texts = {f"t{i}": " ".join(words[i * 3 : i * 3 + 15]) for i in range(250)}
+    texts = {f"t{i}": " ".join(words[i * 3 : i * 3 + 15]) for i in range(120)}
     texts |= {f"{name}*": text + " extra" for name, text in list(texts.items())[::9]}
     index, kept, n_found = synth.NearDuplicates(0.7), {}, 0
     for name, text in texts.items():
@@ -269,7 +277,7 @@ def test_near_duplicates_are_those_that_a_full_comparison_finds():
         n_found += bool(expected)
         kept[name] = text
         index.add(name, text)
-    assert n_found > 25
+    assert n_found > 12
 
 
 def test_overlap_counts_different_words_without_stop_words():
@@ -388,13 +396,6 @@ def test_exports_have_the_fields_of_their_readers(made):
         assert len(grpo) == n_rows and grpo[0].keys() - {"scores"} <= {"messages", "prompt"}
 
 
-def test_exports_open_in_datasets(made):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    for path in sorted((made[1] / "export").glob("*.jsonl")):
-        rows = datasets.Dataset.from_json(str(path))
-        assert len(rows) == len(rows_of(path)) and set(rows.column_names) == set(rows_of(path)[0])
-
-
 # --- Never lose a paid call -----------------------------------------------------------------------
 
 
@@ -414,28 +415,25 @@ def test_the_same_command_again_asks_nothing_and_writes_the_same_bytes(made):
     assert outputs(out) == before
 
 
-def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    """SIGKILL in the middle, twice; no answer that was written is asked for again."""
+def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """SIGKILL in the middle; no answer that was written is asked for again."""
     folder = write_world(tmp_path / "w", n_docs=40, n_queries=4)
-    options = SMALL | {"data": folder, "concurrency": 4, "group_sizes": "5", "retries": 8}
-    with Server(simulated, delay_s=0.004) as server:
-        argv = [sys.executable, "synth.py", *flags(**options, endpoint=server.url)]
-        argv[argv.index("simulated")] = "m"
-        whole, parts = tmp_path / "whole", tmp_path / "parts"
-        subprocess.run([*argv, "--out", whole], cwd=ROOT, check=True, capture_output=True)
+    options = SMALL | {"llm": "m", "data": folder, "concurrency": 4, "group_sizes": "5", "retries": 8}
+    with Server(simulated, delay_s=0.003) as server:
+        arguments, parts = flags(**options, endpoint=server.url), tmp_path / "parts"
+        command(monkeypatch, *arguments, "--out", tmp_path / "whole")
         n_whole, answers = len(server.bodies), parts / "answers.jsonl"
         server.bodies.clear()
-        for n_lines in (20, 60):
-            job = subprocess.Popen([*argv, "--out", parts], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while job.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < n_lines):
-                time.sleep(0.01)
-            job.send_signal(signal.SIGKILL)
-            job.wait()
-            assert not (parts / "retriever.jsonl").exists()
-        subprocess.run([*argv, "--out", parts], cwd=ROOT, check=True, capture_output=True)
-    assert outputs(parts) == outputs(whole)
-    again = len(server.bodies) - n_whole
-    assert 0 <= again <= 2 * 4  # only what was in flight when the job was killed
+        job = subprocess.Popen([sys.executable, "synth.py", *arguments, "--out", parts], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        while job.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < 40):
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        assert not (parts / "retriever.jsonl").exists()
+        command(monkeypatch, *arguments, "--out", parts)
+    assert outputs(parts) == outputs(tmp_path / "whole")
+    assert 0 <= len(server.bodies) - n_whole <= 4  # again only what was in flight when it was killed
 
 
 def test_a_corrupt_line_is_named_and_its_answer_asked_again(tmp_path, capsys):
@@ -471,7 +469,7 @@ def test_failures_are_logged_and_never_cached(tmp_path):
 
     synthesise(folder, tmp_path / "out", sometimes, retries=6)
     cached = {json.dumps(row["seed"]) for row in rows_of(tmp_path / "out" / "answers.jsonl")}
-    logged = [row for row in rows_of(tmp_path / "out" / "failures.jsonl") if "error" in row]
+    logged = [row for row in rows_of(tmp_path / "out" / "failures.jsonl") if row["error"] != "unusable"]
     assert [row["seed"] for row in logged] == [list(seed) for seed in failed] and failed
     assert not cached & {json.dumps(seed) for seed in failed}
 
@@ -538,13 +536,26 @@ def test_an_endpoint_that_fails_or_is_down_is_one_clear_sentence(tmp_path, monke
         command(monkeypatch, *arguments, "--endpoint", "http://127.0.0.1:9/v1")
 
 
-def test_a_full_disk_is_named_and_what_was_written_stays(tmp_path):
+def test_a_full_disk_is_named_and_what_was_written_stays(tmp_path, monkeypatch):
     folder = write_world(tmp_path / "w", n_docs=30, n_queries=2)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "answers.jsonl").symlink_to("/dev/full")
+    teacher = synth.SimulatedTeacher(world())
+
+    def backend(chats, *rest):
+        if len(caches[0].places) == 32:  # the disk is full after the first batch
+            caches[0].file = open("/dev/full", "wb", buffering=0)
+        return teacher(chats, *rest)
+
+    caches, init = [], synth.AnswerCache.__init__
+
+    def remember(self, path):
+        init(self, path)
+        caches.append(self)
+
+    monkeypatch.setattr(synth.AnswerCache, "__init__", remember)
     with pytest.raises(OSError, match="No space left") as error:
-        synthesise(folder, tmp_path / "out")
+        synthesise(folder, tmp_path / "out", backend)
     assert error.value.filename.endswith("answers.jsonl")
+    assert len(rows_of(tmp_path / "out" / "answers.jsonl")) == 32
 
 
 def test_an_empty_corpus_and_bad_bytes_are_named(tmp_path):
@@ -647,14 +658,13 @@ def test_real_passages_through_a_server(real_data, tmp_path, monkeypatch):
     texts, queries = dict(pairs("corpus.tsv")), dict(pairs("queries.tsv"))
     qrels = evaluate.read_qrels(source / "qrels.txt")
     evaluate.write_collection(tmp_path / "w", texts, queries, {})
-    grade = {(queries[q], text[:60]): qrels[q].get(doc, 0) for q in qrels for doc, text in texts.items()}
+    grade = {(queries[q], texts[doc][:60]): g for q, judged in qrels.items() for doc, g in judged.items()}
 
     def answer(body):
         asked, _, form = body["messages"][-1]["content"].partition("\n\nReply in exactly this form")
         query = asked.split("\n")[1]
         docs = [part.partition("]")[2][:60] for part in asked.partition(":\n\n[")[2].split("\n\n[")]
-        docs = [("]" + doc if not doc else doc) for doc in docs]
-        scores = [5 * max((g for (q, t), g in grade.items() if q == query and t == doc), default=0) for doc in docs]
+        scores = [5 * grade.get((query, doc), 0) for doc in docs]
         if " > " in form:
             text = " > ".join(f"[{i + 1}]" for i in sorted(range(len(docs)), key=lambda i: -scores[i]))
         else:
@@ -735,7 +745,7 @@ def test_hybrid_scores_are_those_of_the_formula_over_all_documents(bert):
     run = synth.retrieve(CORPUS, QUERIES, {"q2": {"a"}}, 3, encoder, alpha=0.25)
     expected = {doc: 0.25 * x + 0.75 * y for doc, x, y in zip(CORPUS, lexical, dense, strict=True)}
     assert dict(run["q1"]) == pytest.approx(expected, abs=1e-6)
-    assert [s for _, s in run["q1"]] == sorted(expected.values(), reverse=True) or pytest.approx
+    assert [s for _, s in run["q1"]] == sorted(dict(run["q1"]).values(), reverse=True)
     assert {doc for doc, _ in run["q2"]} == {"b/c d", "e"}
     ranks = [[doc for doc, _ in synth.retrieve(CORPUS, QUERIES, {}, 3, encoder, alpha=a)["q1"]] for a in (1.0, 0.0)]
     fused = dict(synth.retrieve(CORPUS, QUERIES, {}, 3, encoder, fusion="rrf")["q1"])
@@ -767,14 +777,14 @@ def test_vectors_do_not_depend_on_padding_and_pool_what_they_say(bert, pooling):
 
 def test_bm25_equals_bm25s_on_real_passages(real_data):
     bm25s = pytest.importorskip("bm25s")
-    pairs = [line.split("\t", 1) for line in (real_data / "novel_eval/corpus.tsv").read_text("utf-8").splitlines()]
-    texts = [text for _, text in pairs]
-    words = [[w for w in evaluate.WORD.findall(t.lower()) if w not in evaluate.STOP_WORDS.split()] for t in texts]
-    peer = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-    peer.index(words, show_progress=False)
-    index = evaluate.BM25(texts)
-    for number in range(0, len(texts), 23):
-        assert np.abs(index.scores(texts[number]) - peer.get_scores(words[number])).max() < 1e-5
+    read = lambda name: [line.split("\t", 1)[1] for line in (real_data / name).read_text("utf-8").splitlines()]  # noqa: E731
+    texts, queries = read("novel_eval/corpus.tsv"), read("novel_eval/queries.tsv")
+    split = lambda t: [w for w in evaluate.WORD.findall(t.lower()) if w not in evaluate.STOP_WORDS.split()]  # noqa: E731
+    peer, index = bm25s.BM25(method="lucene", k1=0.9, b=0.4), evaluate.BM25(texts)
+    peer.index([split(text) for text in texts], show_progress=False)
+    for query in queries:
+        known = [word for word in split(query) if word in peer.vocab_dict]
+        assert np.abs(index.scores(query) - peer.get_scores(known)).max() < 1e-5
 
 
 # --- The retriever --------------------------------------------------------------------------------
@@ -846,18 +856,6 @@ def test_training_lowers_the_loss_and_the_folder_opens_again(bert, tmp_path, mon
         command(monkeypatch, "--train-retriever", path, *flags(**options))
 
 
-def test_the_saved_retriever_opens_in_sentence_transformers(bert, tmp_path):
-    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    for pooling in ("mean", "cls", "last"):
-        cfg = synth.Config(pooling=pooling, query_prefix="query: ")
-        encoder = synth.Encoder(bert, cfg)
-        synth.save_encoder(encoder, tmp_path / pooling, cfg)
-        theirs = library.SentenceTransformer(str(tmp_path / pooling), device="cpu")
-        for kind in ("query", "document"):
-            ours = encoder.encode(list(CORPUS.values()), kind).numpy()
-            assert np.abs(theirs.encode(list(CORPUS.values()), prompt_name=kind) - ours).max() < 1e-5
-
-
 BAD_PAIRS = [({"query": "q", "pos": [], "neg": ["n"]}, "needs a"), ({"pos": ["p"], "neg": ["n"]}, "needs a"),
              ({"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1, 2]}, "2 numbers for 1 texts")]  # fmt: skip
 
@@ -874,7 +872,7 @@ def test_wrong_retriever_rows_are_named(tmp_path, row, message):
 
 def test_the_demo_shows_that_fused_labels_beat_both_teachers(tmp_path, monkeypatch, capsys):
     """The whole demo with fewer documents and queries, three seeds."""
-    monkeypatch.setattr(synth, "DEMO", synth.DEMO | {"generate_queries": 80, "groups_per_query": 2, "epochs": 3.0})
+    monkeypatch.setattr(synth, "DEMO", synth.DEMO | {"generate_queries": 140, "groups_per_query": 1, "epochs": 8.0})
     monkeypatch.setattr(synth, "DEMO_DOCS", 400)
     command(monkeypatch, "--demo", "--out", tmp_path / "demo")
     said = capsys.readouterr().out
