@@ -1217,58 +1217,50 @@ def retriever_row(work: Work, topic: Topic) -> dict | None:
     return row | {"pos_scores": [s for _, s in pos], "neg_scores": [s for _, s in neg]}
 
 
-def chat_turns(row: dict) -> list[dict]:
-    """The messages of a row's prompt."""
+EXPORTS = {"sentence-transformers": ("labeled_list",), "tevatron": ("train",),
+           "ms-swift": ("sft", "grpo"), "trl": ("sft", "grpo")}
+
+
+def export_row(form: str, part: str, row: dict, cfg: Config) -> dict | None:
+    """A training row as another library reads it (the order of columns matters), or None.
+
+    sentence-transformers: its labeled list, for LambdaLoss and ListNet. Tevatron: ids that point
+    into tevatron.corpus.jsonl. GRPO rows hold the prompt, and `scores` for the reward function.
+    """
+    if form == "sentence-transformers":
+        texts = [doc["text"] for doc in row["docs"]]
+        return {"query": row["query"], "docs": texts, "labels": row["scores"]}
+    if form == "tevatron":
+        pairs = list(zip((doc["id"] for doc in row["docs"]), row["scores"], strict=True))
+        positive = [doc for doc, score in pairs if score >= cfg.positive_level]
+        negative = [doc for doc, score in pairs if score <= cfg.negative_level]
+        made = {"query_id": row["id"], "query_text": row["query"], "query_image": None,
+                "positive_document_ids": positive, "negative_document_ids": negative}
+        return made if positive and negative else None
     texts = [doc["text"] for doc in row["docs"]]
-    return grouprank.chat_messages(METHODS["groupwise"].prompt, row["query"], texts)
+    turns = grouprank.chat_messages(METHODS["groupwise"].prompt, row["query"], texts)
+    prompt = "messages" if form == "ms-swift" else "prompt"
+    if part == "grpo":
+        return {prompt: turns, "scores": row["scores"]}
+    if "response" not in row:
+        return None
+    answer = [{"role": "assistant", "content": row["response"]}]
+    return {"messages": turns + answer} if form == "ms-swift" else {
+        "prompt": turns, "completion": answer}
 
 
-def answered(row: dict) -> list[dict]:
-    """The turn that answers the prompt of a row with a response."""
-    return [{"role": "assistant", "content": row["response"]}]
-
-
-def labelled_list(row: dict) -> dict:
-    """sentence-transformers' labeled list (LambdaLoss, ListNet): the order of columns matters."""
-    return {"query": row["query"], "docs": [d["text"] for d in row["docs"]],
-            "labels": row["scores"]}
-
-
-def tevatron_row(row: dict, cfg: Config) -> dict:
-    """Tevatron's training row, ids pointing into tevatron.corpus.jsonl."""
-    pairs = list(zip((d["id"] for d in row["docs"]), row["scores"], strict=True))
-    return {"query_id": row["id"], "query_text": row["query"], "query_image": None,
-            "positive_document_ids": [d for d, s in pairs if s >= cfg.positive_level],
-            "negative_document_ids": [d for d, s in pairs if s <= cfg.negative_level]}
-
-
-EXPORTS = {  # name -> {file: its row made of a training row; None leaves it out}
-    "sentence-transformers": {"labeled_list": lambda row, cfg: labelled_list(row)},
-    "tevatron": {"train": lambda row, cfg: (
-        made := tevatron_row(row, cfg))["positive_document_ids"]
-        and made["negative_document_ids"] and made},
-    "ms-swift": {
-        "sft": lambda row, cfg: "response" in row and {"messages": chat_turns(row) + answered(row)},
-        "grpo": lambda row, cfg: {"messages": chat_turns(row), "scores": row["scores"]}},
-    "trl": {
-        "sft": lambda row, cfg: "response" in row and {
-            "prompt": chat_turns(row), "completion": answered(row)},
-        "grpo": lambda row, cfg: {"prompt": chat_turns(row), "scores": row["scores"]}}}
-
-
-def write_exports(work: Work, rows: Callable[[], Iterator[dict]], folder: Path) -> list[str]:
+def write_exports(cfg: Config, rows: Callable[[], Iterator[dict]], folder: Path) -> list[str]:
     """Write the forms of --export; returns the names of the files."""
     names = []
-    for form in work.cfg.export:
-        for part, make in EXPORTS[form].items():
-            names.append(f"export/{form}.{part}.jsonl")
-            made = (make(row, work.cfg) for row in rows())
-            evaluate.write_lines(folder / names[-1], filter(None, made))
-        if form == "tevatron":
-            names.append("export/tevatron.corpus.jsonl")
-            docs = {doc["id"]: doc["text"] for row in rows() for doc in row["docs"]}
-            evaluate.write_lines(folder / names[-1], (
-                {"docid": doc, "text": text} for doc, text in sorted(docs.items())))
+    for form, part in ((form, part) for form in cfg.export for part in EXPORTS[form]):
+        names.append(f"export/{form}.{part}.jsonl")
+        made = (export_row(form, part, row, cfg) for row in rows())
+        evaluate.write_lines(folder / names[-1], filter(None, made))
+    if "tevatron" in cfg.export:
+        names.append("export/tevatron.corpus.jsonl")
+        docs = {doc["id"]: doc["text"] for row in rows() for doc in row["docs"]}
+        evaluate.write_lines(folder / names[-1], (
+            {"docid": doc, "text": text} for doc, text in sorted(docs.items())))
     return names
 
 
@@ -1289,7 +1281,7 @@ def write_outputs(work: Work, topics: Sequence[Topic], samples: Sequence[Sample]
              "retriever.jsonl": filter(None, pairs), "dropped.jsonl": iter(work.dropped)}
     for name, rows in files.items():
         evaluate.write_lines(folder / name, rows)
-    names = [*files, *write_exports(work, lambda: (reranker_row(work, s) for s in train), folder)]
+    names = [*files, *write_exports(work.cfg, lambda: (reranker_row(work, s) for s in train), folder)]
     write_record(work.cfg, folder, counts)
     print("\n".join(f"{n:8,} {name}" for name, n in sorted(counts.items()) if n))
     print(f"wrote {', '.join(names)} to {folder}")

@@ -3,7 +3,10 @@
     python synth.py --demo --out runs/synth-demo
     python tests/bench_synth.py --demo runs/synth-demo --seeds 0 1 2
 
-Trains the embedded demo's model (grouprank.py, SFT then GRPO) twice for each of the demo's worlds:
+--libraries instead opens the demo's retriever in sentence-transformers and its exports in datasets
+(both optional: requirements-bench.txt), and compares vectors and rows.
+
+Otherwise trains the embedded demo's model (grouprank.py, SFT then GRPO) twice for each of the demo's worlds:
 on the rows that synth.py wrote, and on the same groups with true scores and true responses. Both are
 evaluated as the demo is, on 100 held-out queries with 24 candidates each.
 """
@@ -50,12 +53,40 @@ def train_and_score(cfg, rows, out):
     return grouprank.demo_ndcg(cfg, grouprank.DEMO_PROMPT, Path(cfg.model).parent, out)[0]
 
 
+def check_libraries(folder):
+    """What the readers of our files make of them."""
+    import datasets
+    import sentence_transformers
+
+    texts = list(evaluate.read_texts(folder / "corpus.jsonl").values())[:200]
+    ours = synth.Encoder(str(folder / "retriever"), synth.Config()).encode(texts, "document").numpy()
+    theirs = sentence_transformers.SentenceTransformer(str(folder / "retriever"), device="cpu")
+    worst = abs(theirs.encode(texts, prompt_name="document") - ours).max()
+    print(f"sentence-transformers {sentence_transformers.__version__}: largest difference of a vector {worst:.1e}")
+    rows = list(evaluate.read_jsonl(folder / "reranker.train.jsonl"))[:500]
+    cfg = synth.Config(positive_level=4, negative_level=1)
+    for form, parts in synth.EXPORTS.items():
+        for part in parts:
+            made = [row for row in (synth.export_row(form, part, row, cfg) for row in rows) if row]
+            evaluate.write_lines(folder / "export.jsonl", made)
+            table = datasets.Dataset.from_json(str(folder / "export.jsonl"), cache_dir=str(folder / "cache"))
+            assert table.to_list() == made, form
+            print(f"datasets {datasets.__version__}: {form} {part}: {len(table)} rows, {table.column_names}")
+    evaluate.write_lines(folder / "export.jsonl", evaluate.read_jsonl(folder / "retriever.jsonl"))
+    table = datasets.Dataset.from_json(str(folder / "export.jsonl"), cache_dir=str(folder / "cache"))
+    print(f"datasets: retriever.jsonl: {len(table)} rows, {table.column_names}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--demo", required=True, metavar="FOLDER", help="what synth.py --demo wrote")
+    parser.add_argument("--libraries", action="store_true", help="check the files, train nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.libraries:
+        check_libraries(Path(args.demo) / f"seed-{args.seeds[0]}")
+        return
     table = {}
     for seed in args.seeds:
         folder, world = Path(args.demo) / f"seed-{seed}", grouprank.DemoWorld(seed)
