@@ -1030,10 +1030,9 @@ def deal_scores(fused: Sequence[float], scores: Sequence[float]) -> list[float]:
     >>> deal_scores([-0.3, -0.1, -0.9], [7, 3, 0])
     [3.0, 7.0, 0.0]
     """
-    order = sorted(range(len(fused)), key=lambda i: -fused[i])
-    dealt = evaluate.tie_averaged([fused[i] for i in order], sorted(scores, reverse=True))
-    labels = dict(zip(order, dealt, strict=True))
-    return [round(labels[i], 4) for i in range(len(fused))]
+    pairs = list(zip(sorted(fused, reverse=True), sorted(scores, reverse=True), strict=True))
+    shares = [[score for other, score in pairs if other == value] for value in fused]
+    return [round(sum(share) / len(share), 4) for share in shares]
 
 
 def teacher_agreement(pointwise: Sequence[float], listwise: Sequence[int], k: int = 10) -> float:
@@ -1252,7 +1251,7 @@ def export_row(form: str, part: str, row: dict, cfg: Config) -> dict | None:
 def write_exports(cfg: Config, rows: Callable[[], Iterator[dict]], folder: Path) -> list[str]:
     """Write the forms of --export; returns the names of the files."""
     names = []
-    for form, part in ((form, part) for form in cfg.export for part in EXPORTS[form]):
+    for form, part in [(name, part) for name in cfg.export for part in EXPORTS[name]]:
         names.append(f"export/{form}.{part}.jsonl")
         made = (export_row(form, part, row, cfg) for row in rows())
         evaluate.write_lines(folder / names[-1], filter(None, made))

@@ -1,4 +1,4 @@
-"""First-stage retrieval beside bm25s, in one run: speed, agreement, memory; and dense search.
+"""First-stage retrieval beside bm25s, in one run: speed and agreement; and dense search.
 
     python tests/bench_retrieval.py                   # 100,000 documents, 1,000 queries; 2 minutes
     python tests/bench_retrieval.py --docs 10000      # a quick look
@@ -12,7 +12,6 @@ search with random unit vectors beside one matrix product and argpartition in nu
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -64,10 +63,8 @@ def run_bm25s(docs, queries):
 def child(args):
     """What a process of its own does: measure one tool, print JSON."""
     docs, queries = draw_texts(args.docs, args.queries)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     index, search, scores = {"ours": run_ours, "bm25s": run_bm25s}[args.child](docs, queries)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"index": index, "search": search, "MiB": (peak - before) / 1024,
+    print(json.dumps({"index": index, "search": search,
                       "scores": [[round(float(s), 7) for s in row] for row in scores]}))  # fmt: skip
 
 
@@ -86,9 +83,9 @@ def bench_bm25(args):
         before = best.get(tool, result)
         best[tool] = {key: min(value, before[key]) for key, value in result.items()}
     print(f"BM25, {args.docs} documents, {args.queries} queries, top 100, best of {args.repeats}")
-    print(f"{'':24}{'index s':>10}{'search s':>10}{'peak MiB':>10}")
+    print(f"{'':24}{'index s':>10}{'search s':>10}")
     for tool, row in best.items():
-        print(f"{tool:24}{row['index']:10.2f}{row['search']:10.2f}{row['MiB']:10.0f}")
+        print(f"{tool:24}{row['index']:10.2f}{row['search']:10.2f}")
     if len(best) == 2:
         ours, peer = (best[tool]["index"] + best[tool]["search"] for tool in ("ours", "bm25s"))
         print(f"index + search, bm25s / ours: {peer / ours:.2f}")

@@ -901,3 +901,12 @@ def test_every_option_is_read_and_says_where_its_default_comes_from():
     for f in dataclasses.fields(synth.Config):
         assert source.count(f"cfg.{f.name}") or f.name in source.split("shared = ")[1][:600], f.name
         assert f.metadata["source"].startswith(("paper", "ours")) and f.metadata["help"]
+
+
+def test_the_defaults_in_the_readme_are_the_codes():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    section = readme[readme.index("## Synthesis") : readme.index("## Formats")]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `") and "`" not in line[30:]]
+    rows = {name.strip(" `"): value.strip() for name, value in rows}
+    fields = {f.name: str(f.default) for f in dataclasses.fields(synth.Config)}
+    assert len(rows) > 10 and {name: fields[name] for name in rows} == rows
