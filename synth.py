@@ -200,14 +200,14 @@ class AnswerCache:
 
     A line is {"key", "model", "seed", "text", "truncated", "prompt_tokens", "completion_tokens"},
     written with one system call as soon as the answer is there, so that killing the job at any
-    moment loses none. Lines that cannot be read are named and skipped.
+    moment loses none. Lines that cannot be read are named, counted and skipped.
     """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.lock, self.end, line = path, threading.Lock(), 0, b"\n"
+        self.path, self.lock, self.end, self.n_corrupt = path, threading.Lock(), 0, 0
         self.places: dict[str, tuple[int, int]] = {}  # key -> (offset, bytes)
-        self.file = open(path, "a+b", buffering=0)
+        self.file, line = open(path, "a+b", buffering=0), b"\n"
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
@@ -215,6 +215,7 @@ class AnswerCache:
                     if isinstance(record["text"], str):
                         self.places[record["key"]] = (self.end, len(line))
                 except (ValueError, KeyError, TypeError):
+                    self.n_corrupt += 1
                     print(f"note: {path}, line {number} is corrupt and skipped", file=sys.stderr)
                 self.end += len(line)
         if not line.endswith(b"\n"):  # a kill or a full disk cut the last line
@@ -314,7 +315,7 @@ class Teacher:
                 for i, answer in zip(left, found, strict=True):
                     answers[i] = answer
         n_none, now, seconds = answers.count(None), self.ledger, time.perf_counter() - started
-        if chats and n_none == len(chats):
+        if chats and n_none == len(chats) and not self.tallies[step][1]:
             raise ValueError(self._complaint(step))
         answered = now.answer_tokens - before.answer_tokens
         print(f"{step}: {len(chats)} prompts, {now.calls - before.calls} calls,"
@@ -952,10 +953,9 @@ def fitting_window(teacher: Teacher, query: str, texts: Sequence[str], cfg: Conf
     """How many documents a listwise prompt may hold: --listwise-window, or all if they fit."""
     if cfg.listwise_window:
         return max(cfg.listwise_window, 2)
-    prompt = METHODS["listwise"].prompt
-    room = cfg.max_prompt_tokens - (len(prompt.system + prompt.user) + len(query)) // 3
-    limit = getattr(getattr(teacher.backend, "encoder", None), "max_prompt_tokens", None)
-    room = min(room, limit - cfg.max_prompt_tokens + room) if limit else room
+    prompt, encoder = METHODS["listwise"].prompt, getattr(teacher.backend, "encoder", None)
+    limit = min(cfg.max_prompt_tokens, getattr(encoder, "max_prompt_tokens", math.inf))
+    room = limit - (len(prompt.system + prompt.user) + len(query)) // 3  # a safe guess of tokens
     sizes = teacher.doc_tokens(texts)
     return len(texts) if sum(sizes) <= room else max(room // max(sizes), 2)
 
@@ -1329,7 +1329,8 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     ledger = Ledger(cfg.max_calls, cfg.max_tokens)
     work = Work(cfg, corpus, excluded_docs, make_teachers(cfg, cache, ledger), counts)
     print("models: " + ", ".join(f"{step} {t.name}" for step, t in work.teachers.items())
-          + f"; {len(cache.places):,} answers in {cache.path}", flush=True)
+          + f"; {len(cache.places):,} answers and {cache.n_corrupt} corrupt lines in {cache.path}",
+          flush=True)
     if cfg.generate_queries:
         topics = generate_queries(work, excluded)
     else:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -261,6 +262,19 @@ def test_listwise_windows_slide_from_the_end_by_half():
         assert plan[-1][0] == 0 and {i for a, b in plan for i in range(a, b)} == set(range(n))
 
 
+def test_a_pool_that_does_not_fit_the_context_is_ranked_by_windows():
+    texts = ["x" * 400] * 50  # 100 tokens each, and 6 for the number
+    cfg = synth.Config(max_prompt_tokens=24000)
+    cache = synth.AnswerCache(Path(os.devnull))
+    teacher = synth.Teacher("m", always(""), cache, synth.Ledger(), cfg)
+    assert synth.fitting_window(teacher, "query", texts, cfg) == 50
+    small = dataclasses.replace(cfg, max_prompt_tokens=2600)
+    prompt = METHODS["listwise"].prompt
+    room = 2600 - (len(prompt.system + prompt.user) + len("query")) // 3
+    assert 10 < synth.fitting_window(teacher, "query", texts, small) == room // 106 < 50
+    assert synth.fitting_window(teacher, "query", texts, dataclasses.replace(cfg, listwise_window=7)) == 7
+
+
 # --- Queries --------------------------------------------------------------------------------------
 
 
@@ -451,7 +465,8 @@ def test_a_corrupt_line_is_named_and_its_answer_asked_again(tmp_path, capsys):
 
     capsys.readouterr()
     synthesise(folder, tmp_path / "out", counting)
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "4 corrupt lines" in out
     assert [f"line {n} is corrupt" in err for n in (5, 6, 7, len(lines) + 2)] == [True] * 4
     assert len(asked) == 2 and outputs(tmp_path / "out") == before
 
