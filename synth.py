@@ -375,14 +375,15 @@ class Teacher:
     def _record(self, step, chat, key, completion: Completion, read) -> tuple[object, str] | None:
         """Keep an answer at once, or log why there is none; then read it."""
         self.ledger.note(self.name, completion)
-        record = {"model": self.name, "seed": chat.seed, **dataclasses.asdict(completion)}
-        error, answer = record.pop("error"), None
-        if not error:
+        record, answer = {"model": self.name, "seed": chat.seed}, None
+        for name in ("text", "truncated", "prompt_tokens", "completion_tokens"):
+            record[name] = getattr(completion, name)
+        if not completion.error:
             if not self.cfg.dry_run:
                 self.cache.add(key, record)
             answer = self._judge(step, chat, key, completion.text, read)
         if answer is None:
-            line = {"step": step, **record, "error": error or "unusable"}
+            line = {"step": step, **record, "error": completion.error or "unusable"}
             with self.ledger.lock, open(self.failures, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return answer
@@ -502,11 +503,12 @@ def read_corpus(path: Path, min_chars: int) -> tuple[dict[str, str], Counter]:
     corpus, seen, counts = {}, set(), Counter()
     for row in evaluate.read_jsonl(path):
         doc, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+        counts["documents read"] += 1
         if not all(isinstance(value, str) for value in (doc, title, text)) or not doc:
-            raise ValueError(f"{path}: document {doc!r} needs the keys _id and text, both strings")
+            raise ValueError(f"{path}, document {counts['documents read']}: needs the keys _id and"
+                             " text, both strings")
         text = "\n".join(part for part in (title.strip(), text.strip()) if part)
         digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-        counts["documents read"] += 1
         if doc in corpus:
             raise ValueError(f"{path}: id {doc!r} appears twice; remove one")
         if len(text) < min_chars:
@@ -759,7 +761,8 @@ class Encoder:
         self.prefixes = {kind: says.get(kind, "") if text == "auto" else text
                          for kind, text in given.items()}
         context = getattr(self.model.config, "max_position_embeddings", None) or cfg.max_doc_tokens
-        self.max_tokens, self.batch = min(cfg.max_doc_tokens, context), cfg.chunk
+        self.max_tokens = min(cfg.max_doc_tokens, context, self.tokenizer.model_max_length)
+        self.batch = cfg.chunk
 
     def vectors(self, texts: Sequence[str], kind: str) -> Tensor:
         """Unit vectors of a few texts in float32, (len(texts), width); gradients flow."""
@@ -797,10 +800,9 @@ def read_encoder_folder(folder: Path) -> dict[str, str]:
     says = {}
     if (pooling := folder / "1_Pooling" / "config.json").is_file():
         config = json.loads(pooling.read_text("utf-8"))
-        names = {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
-        says["pooling"] = next((kind for key, kind in names.items() if config.get(key)),
-                               {"cls": "cls", "lasttoken": "last"}.get(
-                                   config.get("pooling_mode"), "mean"))
+        on = {key for key, value in config.items() if value is True} | {config.get("pooling_mode")}
+        says["pooling"] = ("cls" if on & {"pooling_mode_cls_token", "cls"} else
+                           "last" if on & {"pooling_mode_lasttoken", "lasttoken"} else "mean")
     if (prompts := folder / "config_sentence_transformers.json").is_file():
         found = json.loads(prompts.read_text("utf-8")).get("prompts") or {}
         says["query"] = found.get("query") or ""
@@ -813,19 +815,15 @@ def dense_search(queries: Tensor, docs: Tensor, k: int, device="cpu", block: int
 
     Exact: blocks of documents are scored on `device`, and the best so far are kept.
     """
-    k, found = min(k, len(docs)), []
-    for rows in queries.split(256):
-        rows = rows.to(device)
-        best, numbers = torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.long)
-        for start in range(0, len(docs), block):
-            part = docs[start : start + block].to(device)
-            scores, places = (rows @ part.T).topk(min(k, len(part)), dim=1)
-            best = torch.cat([best, scores.cpu()], dim=1)
-            numbers = torch.cat([numbers, places.cpu() + start], dim=1)
-            best, kept = best.topk(min(k, best.shape[1]), dim=1)
-            numbers = numbers.gather(1, kept)
-        found.append((numbers, best))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    best, numbers = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    for start in range(0, len(docs), block):
+        part = docs[start : start + block].to(device)
+        found = [(rows.to(device) @ part.T).topk(min(k, len(part))) for rows in queries.split(256)]
+        best = torch.cat([best, torch.cat([scores.cpu() for scores, _ in found])], dim=1)
+        places = torch.cat([places.cpu() for _, places in found]) + start
+        best, kept = best.topk(min(k, best.shape[1]))
+        numbers = torch.cat([numbers, places], dim=1).gather(1, kept)
+    return numbers, best
 
 
 def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusion="minmax"):
@@ -1138,7 +1136,7 @@ def draw_samples(work: Work, topics: Sequence[Topic]) -> list[Sample]:
         work.counts["groups not found in small or flat pools"] += cfg.groups_per_query - len(groups)
         samples += [Sample(f"{t.qid}-{number:03}", t, docs, sampler, t.qid in held_out)
                     for number, (docs, sampler) in enumerate(groups)]
-    return samples
+    return sorted(samples, key=lambda sample: sample.id)
 
 
 # --- 8 SFT responses ------------------------------------------------------------------------------
@@ -1348,7 +1346,6 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
               f" {ledger.cached:,} answers are there already. Nothing was asked or written.")
         return work
     check_left(work, samples)
-    check_leaks(topics, excluded)
     write_outputs(work, topics, samples)
     return work
 

@@ -433,7 +433,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     """SIGKILL in the middle; no answer that was written is asked for again."""
     folder = write_world(tmp_path / "w", n_docs=40, n_queries=4)
     options = SMALL | {"llm": "m", "data": folder, "concurrency": 4, "group_sizes": "5", "retries": 8}
-    with Server(simulated, delay_s=0.003) as server:
+    with Server(simulated, delay_s=0.02) as server:
         arguments, parts = flags(**options, endpoint=server.url), tmp_path / "parts"
         command(monkeypatch, *arguments, "--out", tmp_path / "whole")
         n_whole, answers = len(server.bodies), parts / "answers.jsonl"
@@ -580,7 +580,7 @@ def test_an_empty_corpus_and_bad_bytes_are_named(tmp_path):
         (b"", "no document of at least 20 characters"),
         (good + b'{"_id": "z", "text": "caf\xe9"}\n', r"corpus.jsonl, line 91: .*utf-8"),
         (good + good[:80].split(b"\n")[0] + b"\n", "appears twice"),
-        (good + b'{"_id": 7, "text": "x"}\n', "document 7 needs the keys"),
+        (good + b'{"_id": 7, "text": "x"}\n', "document 91: needs the keys"),
         (good + b"{nonsense\n", "line 91"),
     ):
         (folder / "corpus.jsonl").write_bytes(content)
