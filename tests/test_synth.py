@@ -688,7 +688,8 @@ def test_real_passages_through_a_server(real_data, tmp_path, monkeypatch):
         return f"<reason>known</reason>\n<answer>\n{text}\n</answer>"
 
     with Server(answer) as server:
-        command(monkeypatch, *flags(data=tmp_path / "w", out=tmp_path / "out", llm="gold", endpoint=server.url))
+        command(monkeypatch, *flags(data=tmp_path / "w", out=tmp_path / "out", llm="gold", endpoint=server.url,
+                                     pool_random=15))
     rows = rows_of(tmp_path / "out" / "reranker.train.jsonl")
     assert len(rows) > 25 and any("response" in row for row in rows)
     retriever = rows_of(tmp_path / "out" / "retriever.jsonl")
@@ -887,8 +888,9 @@ def test_wrong_retriever_rows_are_named(tmp_path, row, message):
 
 def test_the_demo_shows_that_fused_labels_beat_both_teachers(tmp_path, monkeypatch, capsys):
     """The whole demo with fewer documents and queries, three seeds."""
-    monkeypatch.setattr(synth, "DEMO", synth.DEMO | {"generate_queries": 140, "groups_per_query": 1, "epochs": 8.0})
-    monkeypatch.setattr(synth, "DEMO_DOCS", 400)
+    monkeypatch.setattr(synth, "DEMO", synth.DEMO | {"generate_queries": 110, "groups_per_query": 1, "epochs": 6.0})
+    monkeypatch.setattr(synth, "DEMO_DOCS", 300)
+    monkeypatch.setattr(synth, "DEMO_TEST_QUERIES", 40)
     command(monkeypatch, "--demo", "--out", tmp_path / "demo")
     said = capsys.readouterr().out
     tables = [[float(x) for x in line.split()[2:]] for line in said.splitlines() if line.startswith("seed ")]
