@@ -1341,8 +1341,8 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     samples = draw_samples(work, topics)
     add_responses(work, samples)
     if cfg.dry_run:
-        print(f"dry run: at most {ledger.calls:,} calls, {ledger.prompt_tokens:,} prompt tokens and"
-              f" {ledger.answer_tokens:,} answer tokens ({cfg.max_new_tokens} each);"
+        print(f"dry run: {ledger.calls:,} calls without retries, {ledger.prompt_tokens:,} prompt"
+              f" tokens, at most {ledger.answer_tokens:,} answer tokens ({cfg.max_new_tokens} each);"
               f" {ledger.cached:,} answers are there already. Nothing was asked or written.")
         return work
     check_left(work, samples)
