@@ -75,9 +75,9 @@ from grouprank import METHODS, Chat, Completion, Endpoint, Prompt, setting
 class Config:
     """Every option of all commands. `source` says where a default comes from."""
     data: str = setting("", "BEIR folder, or a bare corpus.jsonl", "ours", "files")
-    queries: str = setting("", "NAME of queries.NAME.jsonl instead of queries.jsonl", "ours", "files")
-    exclude_queries: str = setting("", "JSONL of test queries; they and near-duplicates of them must"
-        " not get into the data", "ours", "files")
+    queries: str = setting("", "NAME of queries.NAME.jsonl to use instead", "ours", "files")
+    exclude_queries: str = setting("", "JSONL of test queries; they and near-duplicates of them"
+        " must not get into the data", "ours", "files")
     out: str = setting("", "output folder, or run file (--retrieve)", "ours", "files")
     export: tuple[str, ...] = setting((), "also write these forms: sentence-transformers, tevatron,"
         " ms-swift, trl", "ours", "files")
@@ -91,7 +91,7 @@ class Config:
     pointwise_llm: str = setting("", "another pointwise teacher: NAME[@URL]", "ours", "teachers")
     listwise_llm: str = setting("", "another listwise teacher: NAME[@URL]", "ours", "teachers")
     endpoint: str = setting("", "URL of an OpenAI-compatible server (…/v1)", "ours", "teachers")
-    temperature: float = setting(0.6, "sampling temperature", "ours: the authors' pointwise teacher",
+    temperature: float = setting(0.6, "of sampling", "ours: the authors' pointwise teacher",
         "teachers")
     top_p: float = setting(0.9, "nucleus mass", "ours: the authors' pointwise teacher", "teachers")
     max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: 8,000", "teachers")
@@ -120,14 +120,14 @@ class Config:
     doc_prefix: str = setting("auto", "text before documents", "ours", "retrieval")
     fusion: str = setting("minmax", "of BM25 and dense: min-max scores, or RRF with k = 60",
         "paper Sec. 3.2: min-max", "retrieval", ("minmax", "rrf"))
-    alpha: float = setting(0.5, "weight of BM25; 0: dense alone", "paper Sec. 3.2: 0.5", "retrieval")
+    alpha: float = setting(0.5, "share of BM25; 0: dense alone", "paper Sec. 3.2: 0.5", "retrieval")
     top_k: int = setting(100, "documents a query in the run", "paper Sec. 4: 100", "retrieval")
 
     pool_top: int = setting(10, "best candidates in a pool", "paper Sec. 3.2: top 10", "labels")
-    pool_random: int = setting(40, "candidates from the ranks below", "paper Sec. 3.2: 40", "labels")
+    pool_random: int = setting(40, "candidates of the ranks below", "paper Sec. 3.2: 40", "labels")
     pool_depth: int = setting(200, "lowest of these ranks", "paper Sec. 3.2: 11-200", "labels")
-    listwise_window: int = setting(0, "documents in a listwise prompt, sliding by half; 0: the whole"
-        " pool where it fits", "paper Sec. 3.2: all 50 at once", "labels")
+    listwise_window: int = setting(0, "documents in a listwise prompt, sliding by half; 0: the"
+        " whole pool where it fits", "paper Sec. 3.2: all 50 at once", "labels")
     beta: float = setting(0.5, "weight of the pointwise ranks", "paper Eq. 2: 0.5", "labels")
     equal_sum: bool = setting(False, "record S without weights, as the authors' sample rows do",
         "paper Eq. 2: weighted", "labels")
@@ -142,7 +142,7 @@ class Config:
         "ours: the authors' two rows have one of each", "groups")
     sft_share: float = setting(0.77, "share of training groups that are asked for a response",
         "paper: 19,262 of 25,169", "groups")
-    min_response_ndcg: float = setting(0.8, "least NDCG@10 of a response against the labels", "ours",
+    min_response_ndcg: float = setting(0.8, "least NDCG@10 of responses against the labels", "ours",
         "groups")
     dev_share: float = setting(0.05, "share of the queries that are held out", "ours", "groups")
     positive_level: int = setting(5, "label from which a document is a positive", "ours", "groups")
@@ -154,7 +154,7 @@ class Config:
     hard_negatives: int = setting(7, "hard negatives for each query", "ours", "retriever")
     contrast_temperature: float = setting(0.02, "divides the cosines", "ours: FlagEmbedding's",
         "retriever")
-    distill_weight: float = setting(0.0, "weight of the KL to the label scores", "ours", "retriever")
+    distill_weight: float = setting(0.0, "weight of the KL to the labels", "ours", "retriever")
     lr: float = setting(1e-5, "peak learning rate", "ours: FlagEmbedding's", "retriever")
     grad_checkpointing: str = setting("auto", "recompute activations; auto: on CUDA", "ours",
         "retriever", ("auto", "on", "off"))
@@ -575,7 +575,7 @@ the query, and nothing else
 QUERY_STYLES = {
     "observation": "somebody has noticed something in everyday life and asks why it happens",
     "trouble": "somebody describes a problem with the details of the situation and asks what to do",
-    "forum": "a post of several sentences: background, what was tried or thought, then the question",
+    "forum": "a post of several sentences: background, what was tried, then the question",
     "exercise": "a concrete task or calculation that needs the document's method or principle",
     "choice": "somebody weighs two options and asks which one fits, and on what it depends",
     "doubt": "somebody repeats a claim and asks whether it is true and how one would know"}
@@ -744,7 +744,7 @@ class Encoder:
         self.machine = grouprank.pick_machine(cfg.device, cfg.precision)
         options = {"trust_remote_code": cfg.trust_remote_code}
         if "/" not in path and not Path(path).is_dir():
-            raise ValueError(f"--encoder {path}: no such folder (on the hub it looks like org/name)")
+            raise ValueError(f"--encoder {path}: no such folder (hub names look like org/name)")
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
             self.model = transformers.AutoModel.from_pretrained(
