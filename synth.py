@@ -1278,7 +1278,8 @@ def write_outputs(work: Work, topics: Sequence[Topic], samples: Sequence[Sample]
              "retriever.jsonl": filter(None, pairs), "dropped.jsonl": iter(work.dropped)}
     for name, rows in files.items():
         evaluate.write_lines(folder / name, rows)
-    names = [*files, *write_exports(work.cfg, lambda: (reranker_row(work, s) for s in train), folder)]
+    again = lambda: (reranker_row(work, s) for s in train)  # noqa: E731
+    names = [*files, *write_exports(work.cfg, again, folder)]
     write_record(work.cfg, folder, counts)
     print("\n".join(f"{n:8,} {name}" for name, n in sorted(counts.items()) if n))
     print(f"wrote {', '.join(names)} to {folder}")
@@ -1342,7 +1343,7 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     add_responses(work, samples)
     if cfg.dry_run:
         print(f"dry run: {ledger.calls:,} calls without retries, {ledger.prompt_tokens:,} prompt"
-              f" tokens, at most {ledger.answer_tokens:,} answer tokens ({cfg.max_new_tokens} each);"
+              f" tokens, up to {ledger.answer_tokens:,} answer tokens ({cfg.max_new_tokens} each);"
               f" {ledger.cached:,} answers are there already. Nothing was asked or written.")
         return work
     check_left(work, samples)
@@ -1392,8 +1393,8 @@ def retriever_loss(vectors: Tensor, n_queries: int, temperature: float, known: T
     L = -mean_b log( exp(q_b.d_b / tau) / sum_j exp(q_b.d_j / tau) ) + w KL(softmax(labels) || own)
 
     vectors (B + B M, D): B queries, then B M documents, all of length 1; documents b M, ... belong
-    to query b, its positive first. known (B, B M) is true for other documents that are positives of query b:
-    they are no negatives. labels (B, M), 0-10, are divided by 2 before the softmax.
+    to query b, its positive first. known (B, B M) is true for other documents that are positives of
+    query b: they are no negatives. labels (B, M), 0-10, are divided by 2 before the softmax.
     """
     queries, docs = vectors[:n_queries], vectors[n_queries:]
     own = torch.arange(n_queries, device=vectors.device)
@@ -1529,7 +1530,7 @@ def save_encoder(encoder: Encoder, folder: Path, cfg: Config) -> None:
 
 
 class SimulatedTeacher:
-    """A simulated language model: it answers the real prompts, as text, from the demo world's truth.
+    """A simulated language model: it answers the real prompts, as text, from the world's truth.
 
     With seeded errors: one concept in eight is overlooked, pointwise scores are off by one half of
     the time, listwise scores are blurred before sorting, and one answer in 25 is cut off.
@@ -1549,7 +1550,7 @@ class SimulatedTeacher:
         rng, user = random.Random(repr(seed)), messages[-1]["content"]
         asked, _, form = user.partition("\n\nReply in exactly this form")
         query = asked.split("\n")[1].split()
-        docs = [line[line.index("]") + 1 :].split() for line in asked.split("\n") if line[:1] == "["]
+        docs = [line.partition("]")[2].split() for line in asked.split("\n") if line[:1] == "["]
         if user.startswith("The query that is wanted"):
             text = f"<reason>other words</reason><answer>{self.ask_for(docs[0], rng)}</answer>"
         else:
@@ -1557,7 +1558,7 @@ class SimulatedTeacher:
         return text if rng.random() > 0.04 else text[: rng.randrange(len(text))]
 
     def ask_for(self, words: Sequence[str], rng: random.Random) -> str:
-        """A query in the everyday words of three of a document's concepts; none that is held out."""
+        """A query in the everyday words of three of a document's concepts, none held out."""
         concepts = [self.concept_of[word] for word in words]
         while True:
             query = rng.sample(concepts, 3)
