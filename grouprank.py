@@ -3475,17 +3475,10 @@ def print_demo_table(results: dict, out: Path) -> None:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, made from Config: each option's help, default and the default's source."""
-    parser = argparse.ArgumentParser(
-        prog="grouprank.py",
-        description="Train a groupwise reranker (SFT, then GRPO), or rerank with one.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=100))
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--train", action="store_true", help="train; without --model the demo")
-    mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
+def add_settings(parser: argparse.ArgumentParser, config_class) -> None:
+    """One option a field, in the fields' groups: its help, its default and the default's source."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(config_class):
         name = f.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
@@ -3501,6 +3494,18 @@ def build_parser() -> argparse.ArgumentParser:
             if not f.metadata["choices"]:
                 options["metavar"] = {str: "TEXT", int: "N", float: "X"}[type(f.default)]
         groups[name].add_argument(flag(f.name), **options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, made from Config: each option's help, default and the default's source."""
+    parser = argparse.ArgumentParser(
+        prog="grouprank.py",
+        description="Train a groupwise reranker (SFT, then GRPO), or rerank with one.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=100))
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--train", action="store_true", help="train; without --model the demo")
+    mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
+    add_settings(parser, Config)
     return parser
 
 
