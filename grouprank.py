@@ -863,6 +863,12 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: f
     return torch.minimum(unclipped, clipped)
 
 
+def clip_acts(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: float) -> Tensor:
+    """(N,) whether the clip of Eq. 7 is what a token's objective stands on: it has no gradient."""
+    ratio = torch.exp(logp - old_logp)
+    return ((ratio < 1 - eps) & (advantages < 0)) | ((ratio > 1 + eps) & (advantages > 0))
+
+
 def grpo_loss(
     logp: Tensor,  # (N,) log-probabilities of all completion tokens, one sequence after another
     old_logp: Tensor,  # (N,) the same under the policy that sampled them
@@ -992,8 +998,11 @@ class LoraLinear(nn.Module):
             return y
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return y + (self.scale * update).to(y.dtype)
+        down = self.scale * F.linear(x, self.lora_A)  # scaled here, where it has r columns only
+        if down.dtype != y.dtype:
+            return y + F.linear(down, self.lora_B).to(y.dtype)
+        # One product that adds to y: three passes over a (tokens, out) array less than y + update.
+        return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.T).view_as(y)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -1597,10 +1606,15 @@ def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Ten
         new = draw(output.logits[:, -1], rows, step)
         tokens[rows[live], step] = new[live]
         live &= ~torch.isin(new, ends)
-        if not live.any():
+        n_live = int(live.sum())
+        if n_live == 0:
             break
-        ids, positions = new[:, None], positions[:, -1:] + 1
         mask = F.pad(mask, (0, 1), value=1)
+        if n_live <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
+            kept = live.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, live, new, positions, mask = (t[kept] for t in (rows, live, new, positions, mask))
+        ids, positions = new[:, None], positions[:, -1:] + 1
     return tokens
 
 
@@ -2214,10 +2228,8 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
             sums["loss"] += loss.item()
             sums["entropy"] += entropy.sum().item()
             sums["tokens"] += len(logp)
-            ratio = torch.exp(logp - old_logp)
-            outside = (ratio < 1 - cfg.clip_eps) & (part.advantages < 0)
-            outside |= (ratio > 1 + cfg.clip_eps) & (part.advantages > 0)
-            sums["clipped"] += outside.sum().item()
+            acts = clip_acts(logp, old_logp, part.advantages, cfg.clip_eps)
+            sums["clipped"] += acts.sum().item()
             if part.ref_logp is not None:
                 sums["kl"] += k3_divergence(logp, part.ref_logp).sum().item()
     grad_norm, moved = optimizer.step(lr)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -318,6 +319,58 @@ def test_loss_equals_equation_7_written_with_loops():
         start += length
     loss = grouprank.grpo_loss(logp, old, ref, advantages, weights, clip_eps=0.2, kl_coef=0.04)
     assert loss.item() == pytest.approx(-total / 3)
+
+
+def flat(rows):
+    """All numbers of a list of lists."""
+    return list(itertools.chain.from_iterable(rows))
+
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_trl.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", GOLDEN["losses"])
+def test_loss_and_its_gradient_equal_those_of_trl(case):
+    """Advantages of both signs, ratios on both sides of the clip range, KL on and off."""
+    lengths = [len(row) for row in case["logp"]]
+    logp, old, ref = (torch.tensor(flat(case[name]), dtype=torch.float64)
+                      for name in ("logp", "old_logp", "ref_logp"))  # fmt: skip
+    logp.requires_grad_(True)
+    counts = torch.tensor(lengths)
+    advantages = torch.tensor(case["advantages"]).double().repeat_interleave(counts)
+    weights = (1 / (len(lengths) * counts.double())).repeat_interleave(counts)
+    loss = grouprank.grpo_loss(
+        logp, logp.detach() if case["on_policy"] else old, ref, advantages, weights,
+        clip_eps=case["clip_eps"], kl_coef=case["kl_coef"])  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=2e-6)  # TRL computes in float32
+    expected = torch.tensor(flat(case["gradient"]), dtype=torch.float64)
+    assert torch.allclose(logp.grad, expected, atol=1e-6, rtol=1e-5)
+    if not case["on_policy"]:
+        acts = grouprank.clip_acts(logp, old, advantages, case["clip_eps"])
+        assert acts.double().mean().item() == pytest.approx(case["clip_share"], abs=1e-6)
+
+
+def test_the_golden_cases_clip_on_both_sides_and_hold_kl():
+    ratios = [
+        (math.exp(a - b), case["advantages"][i])
+        for case in GOLDEN["losses"] if not case["on_policy"]
+        for i, rows in enumerate(zip(case["logp"], case["old_logp"], strict=True))
+        for a, b in zip(*rows, strict=True)
+    ]  # fmt: skip
+    assert any(ratio > 1.2 and a > 0 for ratio, a in ratios)
+    assert any(ratio > 1.2 and a < 0 for ratio, a in ratios)
+    assert any(ratio < 0.8 and a > 0 for ratio, a in ratios)
+    assert any(ratio < 0.8 and a < 0 for ratio, a in ratios)
+    assert {case["kl_coef"] > 0 for case in GOLDEN["losses"]} == {True, False}
+
+
+@pytest.mark.parametrize("case", GOLDEN["advantages"])
+def test_advantages_equal_those_of_trl(case):
+    ours = grouprank.relative_advantages([case["rewards"]])[0]
+    # TRL subtracts in float32: of rewards that differ by 1e-5 it keeps two digits.
+    rel = 1e-2 if np.ptp(case["rewards"]) < 1e-3 else 1e-5
+    assert ours == pytest.approx(case["advantages"], rel=rel, abs=1e-6)
 
 
 def test_on_policy_gradient_equals_reinforce():

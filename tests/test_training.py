@@ -217,6 +217,21 @@ def test_what_is_drawn_does_not_depend_on_the_batch():
     assert sample_all(model, prompts, 6, shared=False) == together
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_answers_that_ended_are_dropped_from_the_batch(shared):
+    model = tiny_model("qwen2")
+    grouprank.share_prompts(model, shared)
+    sizes = []
+    model.get_decoder().layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(args[0].shape[0]), with_kwargs=True
+    )
+    prompts = [random_ids(np.random.default_rng(2), n) for n in (25, 3)]
+    answers = sample_all(model, prompts, 8, shared=shared)
+    decoded = sizes[1:]  # the first call is the prompts'
+    assert decoded[0] == 16 and decoded[-1] <= 4 and decoded == sorted(decoded, reverse=True)
+    assert max(len(a) for row in answers for a in row) == len(sizes)
+
+
 def test_samples_follow_the_exact_next_token_distribution():
     """Chi-square over 20,000 draws of the first two tokens with a vocabulary of 8."""
     model = tiny_model("qwen2", vocab_size=8, seed=3)
@@ -399,6 +414,41 @@ def test_grpo_gradient_does_not_depend_on_the_split_into_passes(
         gradients.append(gradients_of(job))
     assert largest_gap(gradients[1], gradients[0]) < 1e-4
     assert largest_gap(gradients[2], gradients[0]) < 1e-4
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_any_split_and_order_gives_the_gradient_of_one_pass_of_rows(lora):
+    """In float64: five answers a prompt in budgets that five does not divide, lengths of 1."""
+    rng = np.random.default_rng(5)
+    lengths = [(30, (1, 7, 5, 2, 9)), (1, (4, 1, 2, 8, 3)), (12, (9, 9, 1, 3, 6))]
+    items = [grouprank.Item(f"i{n}", random_ids(rng, n), None, None) for n, _ in lengths]
+    answers = [[random_ids(rng, c) for c in cs] for _, cs in lengths]
+    advantages = grouprank.relative_advantages(rng.random((3, 5)))
+    model = prepared("qwen2", lora=lora)
+    policy = grouprank.Policy(model, 4)
+
+    def gradient(order, max_tokens, shared):
+        batch = grouprank.RolloutBatch(
+            [items[b] for b in order], [answers[b] for b in order], [], [], None)
+        cfg = grouprank.Config(max_tokens_per_pass=max_tokens)
+        passes = grouprank.build_passes(batch, advantages[list(order)], cfg, shared, "cpu")
+        model.zero_grad()
+        for part in passes:
+            logp, _ = grouprank.completion_logprobs(policy, part.blocks, "cpu", shared)
+            ref = 0.9 * logp.detach()  # some other policy
+            grouprank.grpo_loss(logp, logp.detach(), ref, part.advantages, part.weights,
+                                kl_coef=0.1).backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return grads, len(passes)
+
+    expected, n_passes = gradient((0, 1, 2), 10_000, shared=False)
+    assert n_passes == 1
+    for max_tokens in (10_000, 60, 44, 35, 1):
+        for order in ((0, 1, 2), (2, 0, 1)):
+            for shared in (True, False):
+                found, n_passes = gradient(order, max_tokens, shared)
+                assert n_passes > 1 or max_tokens == 10_000
+                assert largest_gap(found, expected) < 1e-5
 
 
 def test_equal_rewards_leave_the_weights_where_they_are(folders, tmp_path):

@@ -1,0 +1,315 @@
+"""How much a prompt that is run once saves: GRPO updates and rollouts, against TRL.
+
+    python tests/bench_grpo.py                     # CPU shapes, 3 rounds, a table
+    python tests/bench_grpo.py --device cuda       # a random-weight Qwen2.5-7B shape, bf16
+    python tests/bench_grpo.py --json bench.json --rounds 5 --shapes 1024,64 2048,128
+
+`update` is the reference pass, forward, backward and optimizer step on forced answers; `rollout`
+first samples the answers (none ends early); `full` is 8 prompts with rollouts, packed only.
+One prompt of P tokens, G = 8 answers of C tokens each, the same random weights, LoRA rank 32 on all
+linear layers, KL to the model without adapters. Contenders run in processes of their own, in turn,
+each with one untimed step before the timed one.
+
+    packed          ours, the prompt run once
+    rows            ours with --no-shared-prompt, one row an answer
+    trl             TRL's GRPOTrainer, the 8 answers as one batch
+    trl-checkpoint  the same with its gradient checkpointing
+    trl-accumulate  the same, one answer a micro-batch, 8 accumulated
+
+The norm of the update's gradient is shown: it must agree, or the contenders did different work.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+PHASES = ("update", "rollout", "full")
+CONTENDERS = ("packed", "rows", "trl", "trl-checkpoint", "trl-accumulate")
+SHAPES = {"cpu": ("1024,64", "2048,128", "2048,512"), "cuda": ("8192,512", "24576,1024")}
+MODELS = {
+    "cpu": {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1536,
+            "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "cuda": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+             "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+}
+G, RANK, SEED = 8, 32, 0
+
+
+def build_model(device: str):
+    """A Qwen2 with random weights: 19M parameters on the CPU, the 7B shape in bf16 on CUDA."""
+    import torch
+    import transformers
+
+    config = transformers.Qwen2Config(
+        **MODELS[device], max_position_embeddings=32768, tie_word_embeddings=False,
+        attn_implementation="sdpa", eos_token_id=0, pad_token_id=0)
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def forced_ids(n_vocab: int, n_prompt: int, n_answer: int):
+    """The prompt and its G answers, without special tokens."""
+    import numpy as np
+
+    rng = np.random.default_rng(SEED)
+    draw = lambda n: rng.integers(3, min(n_vocab, 8192), n).tolist()  # noqa: E731
+    return draw(n_prompt), [draw(n_answer) for _ in range(G)]
+
+
+def fill_adapters(model) -> None:
+    """The same adapters for every contender, not zero, so that the KL term counts."""
+    import torch
+
+    random = torch.Generator().manual_seed(SEED)
+    for part in ("lora_A", "lora_B"):
+        for name, weight in model.named_parameters():
+            if part in name:
+                weight.data.copy_(0.02 * torch.randn(weight.shape, generator=random))
+
+
+REWARDS = [0.1, 0.9, 0.4, 1.2, -0.5, 0.7, 0.3, 1.0]
+
+
+def ours(device: str, n_prompt: int, n_answer: int, phase: str, shared: bool):
+    """Two steps of grouprank.py: seconds of each, and the norm of the last gradient."""
+    import torch
+
+    import grouprank
+
+    machine = grouprank.pick_machine(device)
+    model = build_model(device)
+    cfg = grouprank.Config(lora_rank=RANK, max_new_tokens=n_answer, shared_prompt=shared,
+                           rollouts_per_prompt=G, cache_gib=20.0,
+                           max_tokens_per_pass=2**15 if device == "cuda" else 2**20)
+    grouprank.share_prompts(model, shared)
+    grouprank.set_up_training(model, cfg, machine)
+    fill_adapters(model)
+    prompt, answers = forced_ids(model.config.vocab_size, n_prompt, n_answer)
+    job = grouprank.Job(cfg, Path("."), machine, model, None, None, None, [], [], shared)
+    policy = grouprank.Policy(model)
+    reference = grouprank.Reference(job, policy)
+    optimizer = grouprank.Optimizer(model, machine, grad_clip=1.0, weight_decay=0.0)
+    item = grouprank.Item("p", prompt, None, None)
+    n_prompts = 8 if phase == "full" else 1
+    seeds = [[(SEED, b, g) for g in range(G)] for b in range(n_prompts)]
+
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        completions = [answers]
+        if phase != "update":
+            with machine.autocast():
+                completions = grouprank.generate(
+                    model.eval(), [prompt] * n_prompts, seeds, max_new_tokens=n_answer,
+                    end_ids=[-1], cache_gib=cfg.cache_gib, shared=shared)
+        advantages = grouprank.relative_advantages([REWARDS] * n_prompts)
+        batch = grouprank.RolloutBatch([item] * n_prompts, completions, [], [], None)
+        passes = grouprank.build_passes(batch, advantages, cfg, shared, machine.device)
+        numbers = grouprank.policy_update(job, policy, reference, passes, optimizer, 0.0)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds, numbers["grad_norm"]
+
+
+def trl(device: str, n_prompt: int, n_answer: int, phase: str, options: dict):
+    """The same step by TRL's GRPOTrainer, with the settings that make its loss the paper's."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = build_model(device)
+    vocab = {f"t{i}": i for i in range(min(model.config.vocab_size, 8192))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="t1"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="t1", eos_token="t0",
+                                        pad_token="t0")
+    prompt, answers = forced_ids(model.config.vocab_size, n_prompt, n_answer)
+    text = " ".join(f"t{i}" for i in prompt)
+
+    def forced(prompts, trainer):
+        return {"prompt_ids": [prompt] * G, "completion_ids": answers, "logprobs": None}
+
+    batch = options.get("batch", G)
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), loss_type="grpo", beta=0.001, epsilon=0.2, num_iterations=1,
+        scale_rewards="group", importance_sampling_level="token", use_bias_correction_kl=False,
+        temperature=1.0, top_p=1.0, top_k=0, num_generations=G, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=G // batch, steps_per_generation=G // batch,
+        max_completion_length=n_answer, mask_truncated_completions=False, disable_dropout=True,
+        learning_rate=0.0, lr_scheduler_type="constant", report_to=[], logging_strategy="no", dataloader_pin_memory=False,
+        gradient_checkpointing=options.get("checkpoint", device == "cuda"),
+        gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=device == "cuda",
+        use_cpu=device == "cpu", save_strategy="no", max_steps=2, disable_tqdm=True, seed=SEED, max_grad_norm=1.0,
+        generation_kwargs={"min_new_tokens": n_answer, "max_new_tokens": n_answer})
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear",
+                      task_type="CAUSAL_LM")
+    seconds, norms = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.started = time.perf_counter()
+
+        def on_pre_optimizer_step(self, *_, model, **__):
+            norms.append(sum(p.grad.norm().item() ** 2 for p in model.parameters()
+                             if p.grad is not None) ** 0.5)
+
+        def on_step_end(self, *_, **__):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.started)
+
+    trainer = GRPOTrainer(
+        model=model, args=config, processing_class=tokenizer, peft_config=lora,
+        reward_funcs=lambda completions, **_: REWARDS, rollout_func=forced if phase == "update" else None,
+        train_dataset=Dataset.from_list([{"prompt": text}] * 4), callbacks=[Clock()])
+    fill_adapters(trainer.model)
+    trainer.train()
+    return seconds, norms[-1]
+
+
+def run_contender(name: str, device: str, shape: str, phase: str) -> dict:
+    """In a process of its own: one untimed step, one timed step, peak memory."""
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(os.cpu_count())
+    n_prompt, n_answer = map(int, shape.split(","))
+    if name in ("packed", "rows"):
+        seconds, norm = ours(device, n_prompt, n_answer, phase, name == "packed")
+    else:
+        options = {"trl": {}, "trl-checkpoint": {"checkpoint": True}, "trl-accumulate": {"batch": 1}}
+        seconds, norm = trl(device, n_prompt, n_answer, phase, options[name])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {"seconds": seconds[-1], "peak_bytes": peak, "grad_norm": norm}
+
+
+def matmul_rate(device: str) -> float:
+    """Measured bf16 operations a second of an 8192 x 8192 x 8192 product."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - started)
+
+
+def report_rate(rows: list[dict]) -> None:
+    """Which share of the measured bf16 rate the packed update reaches, and how it is counted.
+
+    2N a token forward for policy, its recomputation, its backward (frozen weights have no gradient)
+    and the reference: 8N. Attention: 4 d a pair and layer forward, twice that backward: 5 forwards.
+    """
+    import transformers
+
+    config = transformers.Qwen2Config(**MODELS["cuda"])
+    d, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    n = config.num_hidden_layers * (2 * d * d + 2 * d * d * kv // heads
+                                    + 3 * d * config.intermediate_size)
+    rate = matmul_rate("cuda")
+    print(f"\nmatrix products: {rate / 1e12:.0f} TFLOP/s measured in bf16; N = {n:,} without embeddings\n"
+          "work = 8 N (P + G C) + 20 L d (P^2/2 + G P C + G C^2/2)")
+    for row in rows:
+        if (row["name"], row["phase"]) == ("packed", "update") and "seconds" in row:
+            p, c = map(int, row["shape"].split(","))
+            pairs = p * p / 2 + G * p * c + G * c * c / 2
+            work = 8 * n * (p + G * c) + 20 * config.num_hidden_layers * d * pairs
+            share = work / row["seconds"] / rate
+            print(f"P {p}, C {c}: {work:.3g} operations in {row['seconds']:.2f} s, {share:.1%}")
+
+
+def measure(name: str, device: str, shape: str, phase: str) -> dict | None:
+    """One contender in a process of its own; None when it is not installed or fails."""
+    command = [sys.executable, __file__, "--contender", name, device, shape, phase]
+    env = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if found:
+        return json.loads(found[0].removeprefix("RESULT "))
+    missing = "No module named 'trl'" in done.stderr or "No module named 'datasets'" in done.stderr
+    why = "not installed" if missing else done.stderr.strip().splitlines()[-1][:120]
+    print(f"{name}, {shape}, {phase}: {why}", file=sys.stderr)
+    return {"error": why}
+
+
+def show(rows: list[dict]) -> None:
+    """A Markdown table: medians, and how many times the first contender's."""
+    print("\n| P, C | step | contender | seconds | times packed | peak GB | share | gradient norm |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        best = next(r for r in rows if (r["shape"], r["phase"], r["name"])
+                    == (row["shape"], row["phase"], "packed"))
+        cells = [row["shape"].replace(",", ", "), row["phase"], row["name"]]
+        if "error" in row:
+            cells += [row["error"], "", "", "", ""]
+        else:
+            cells += [f"{row['seconds']:.2f}", f"{row['seconds'] / best['seconds']:.1f}",
+                      f"{row['peak_bytes'] / 1e9:.2f}",
+                      f"{best['peak_bytes'] / row['peak_bytes']:.2f}", f"{row['grad_norm']:.5f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Run all contenders in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="P,C")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: CUDA rows not run")
+    rows = []
+    for shape in args.shapes or SHAPES[args.device]:
+        for phase in args.phases:
+            runs = {n: [] for n in args.contenders if phase != "full" or n == "packed"}
+            for _ in range(args.rounds):
+                for name in runs:
+                    if not (runs[name] and "error" in runs[name][-1]):
+                        runs[name].append(measure(name, args.device, shape, phase))
+            for name, results in runs.items():
+                good = [r for r in results if "error" not in r]
+                row = {"shape": shape, "phase": phase, "name": name}
+                for key in ("seconds", "peak_bytes", "grad_norm") if good else ():
+                    row[key] = statistics.median(r[key] for r in good)
+                rows.append(row | ({} if good else results[-1]))
+            show([row for row in rows if (row["shape"], row["phase"]) == (shape, phase)])
+    if args.device == "cuda":
+        report_rate(rows)
+    if args.json:
+        machine = {"platform": platform.platform(), "cpus": os.cpu_count(),
+                   "torch": torch.__version__, "rounds": args.rounds}
+        Path(args.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contender"]:
+        print("RESULT " + json.dumps(run_contender(*sys.argv[2:6])))
+    else:
+        main()
