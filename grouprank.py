@@ -708,10 +708,12 @@ def parse_permutation(text: str, n_docs: int) -> Answer:
 
     The scores are falling places: n_docs for the best, 1 for the last. Repaired as RankGPT and
     rank_llm do, with the worst fault as the status: of a number that comes twice the first place
-    counts, numbers out of range are dropped, missing documents follow in the prompt's order.
+    counts, numbers out of range are dropped, missing documents follow in the prompt's order. JSON
+    is no order: the scores of a groupwise answer would be read as document numbers.
     """
     reason, inside, tags_ok = read_tags(text)
-    numbers = [int(digits) for digits in re.findall(r"\d{1,9}", inside or "", re.ASCII)]
+    inside = "" if inside is None or "{" in inside else inside
+    numbers = [int(digits) for digits in re.findall(r"\d{1,9}", inside, re.ASCII)]
     known = [number for number in numbers if 1 <= number <= n_docs]
     if not known:
         return Answer(None, JSON_FAULT if tags_ok else TAG_FAULT, reason)

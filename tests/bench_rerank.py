@@ -3,13 +3,13 @@
     python tests/bench_rerank.py --out runs/bench_rerank                # the demo world, 3 seeds
     python tests/bench_rerank.py --realistic                           # random weights, real lengths
 
-The first bench trains small models on the demo's world. A base learns from single documents which
-words match, without giving any answer. From it one model for each method is trained by SFT on the
-same documents with their true marks, as many a step, in as many steps: one pointwise, one listwise
-(windows of 20), and one groupwise for each group size, because a model of this size learns where in
-a prompt a document stands, not to look it up by its number. The first stage is simulated: the true
-score plus noise. Rows go to OUT/sweep.jsonl, which `evaluate.py --plot` draws; a seed that is there
-is not run again.
+The first bench trains small models on the demo's world. A base learns the reasoning about 1, 5, 10,
+then 20 documents, without any answer; what it is after its own size is where each method starts,
+and it is trained by SFT on the same documents with their true marks, as many a step, in as many
+steps: one pointwise, one listwise (windows of 20), and one groupwise for each group size, because a
+model of this size learns where in a prompt a document stands, not to look it up by its number. The
+first stage is simulated: the true score plus noise. Rows go to OUT/sweep.jsonl, which `evaluate.py
+--plot` draws; a seed that is there is not run again.
 
 Seconds are those of one core (CPU time of this process), so that other work on the machine does
 not count. "alone" is a query that is reranked by itself, "batched" its share of all together.
@@ -17,6 +17,7 @@ not count. "alone" is a query that is reranked by itself, "batched" its share of
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import statistics
@@ -34,6 +35,7 @@ import evaluate
 import grouprank
 
 SIZES, ROUNDS, CANDIDATES, DOCS_PER_STEP = (1, 5, 10, 20), 5, 100, 100
+BASE_DOCS = (10_000, 20_000, 20_000, 50_000)  # for each size, one after the other
 SETTINGS = grouprank.DEMO_SETTINGS | {
     "stage": "sft", "max_prompt_tokens": 400, "max_new_tokens": 240, "eval_every": 0,
     "save_every": 0, "device": "cpu"}  # fmt: skip
@@ -59,7 +61,8 @@ def write_rows(path, world, method, docs_per_group, n_docs):
 
     Those of the base are others, and end where the reasoning does.
     """
-    rng = random.Random(f"{'base' if method == 'base' else 'bench'} {world.seed}")
+    stream = f"base {docs_per_group}" if method == "base" else "bench"
+    rng = random.Random(f"{stream} {world.seed}")
     with open(path, "w", encoding="utf-8") as file:
         for number in range(n_docs // 20):
             query = world.draw_query(rng, held_out=False)
@@ -82,7 +85,8 @@ def train_model(folder, base, world, method, docs_per_group, n_docs):
     write_rows(out / "rows.jsonl", world, method, docs_per_group, n_docs)
     cfg = grouprank.Config(**SETTINGS | {
         "model": str(base), "data": str(out / "rows.jsonl"), "seed": world.seed,
-        "docs_per_group": docs_per_group, "sft_batch": DOCS_PER_STEP // docs_per_group})  # fmt: skip
+        "docs_per_group": docs_per_group, "sft_batch": DOCS_PER_STEP // docs_per_group,
+        "sft_lr": 3e-3 if method == "base" else 1e-3})  # fmt: skip
     started = time.process_time()
     grouprank.train(cfg, grouprank.DEMO_PROMPT, out / "model")
     return out / "model", time.process_time() - started
@@ -126,7 +130,10 @@ def run_seed(seed, args, out):
         tokenizer = grouprank.demo_tokenizer(world, more=[">"])
         grouprank.demo_model(tokenizer, seed).save_pretrained(folder / "untrained")
         tokenizer.save_pretrained(folder / "untrained")
-        base, _ = train_model(folder, folder / "untrained", world, "base", 1, args.docs)
+        base, bases = folder / "untrained", {}
+        for size, n_docs in zip(SIZES, BASE_DOCS, strict=True):
+            base, _ = train_model(folder, base, world, "base", size, n_docs)
+            bases[size] = base
         plans = [("pointwise", 1, [{"rounds": 1}]),
                  ("listwise", 20, [{"rounds": 1}, {"rounds": 2}])]  # fmt: skip
         for size in SIZES:
@@ -134,7 +141,7 @@ def run_seed(seed, args, out):
             plans.append(("groupwise", size, [{"rounds": 1}, {"rounds": ROUNDS}, *rank]))
         rows = []
         for method, size, variants in plans:
-            model, train_s = train_model(folder, base, world, method, size, args.docs)
+            model, train_s = train_model(folder, bases[size], world, method, size, args.docs)
             cfg = grouprank.Config(**SETTINGS | {
                 "model": str(model), "data": str(folder), "run": str(folder / "first.run"),
                 "method": method, "docs_per_group": size, "seed": seed})  # fmt: skip
@@ -195,10 +202,12 @@ def print_tables(rows):
 # --- Table 2: random weights at realistic lengths -------------------------------------------------
 
 
+WORDS = ["".join(letters) for letters in itertools.product("bcdfghklmn", repeat=4)][:8000]
+
+
 def realistic_backend(device, doc_tokens, new_tokens):
-    """A Qwen2 of about 20 million random weights, which answers exactly new_tokens tokens."""
-    words = [f"w{i}" for i in range(8000)]
-    tokenizer = grouprank.demo_tokenizer(grouprank.DemoWorld(), 20, words)
+    """A Qwen2 of 17 million random weights; documents are cut to doc_tokens."""
+    tokenizer = grouprank.demo_tokenizer(grouprank.DemoWorld(), 20, WORDS)
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1152, num_hidden_layers=8,
@@ -215,10 +224,9 @@ def run_realistic(args):
     """Seconds of one query with 100 candidates: 300 tokens each, 500 new tokens an answer."""
     grouprank.end_token_ids = lambda *_: [-1]  # no token ends an answer: all are equally long
     rng = random.Random(0)
-    texts = [" ".join(f"w{rng.randrange(8000)}" for _ in range(args.doc_tokens))
-             for _ in range(CANDIDATES)]
+    texts = [" ".join(rng.choices(WORDS, k=args.doc_tokens)) for _ in range(CANDIDATES)]
     ids = [str(i) for i in range(CANDIDATES)]
-    query = grouprank.Candidates("q", "w1 w2 w3", ids, texts, [-float(i) for i in range(CANDIDATES)])
+    query = grouprank.Candidates("q", " ".join(WORDS[:8]), ids, texts, [-float(i) for i in range(CANDIDATES)])
     short = max(args.new_tokens // 20, 1)  # a document's share of a group's answer
     plans = [("groupwise", args.new_tokens), ("listwise", args.new_tokens),
              ("pointwise", args.new_tokens), ("pointwise", short)]  # fmt: skip
@@ -247,7 +255,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/bench_rerank", help="folder of sweep.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--docs", type=int, default=50_000, help="training documents of a model")
+    parser.add_argument("--docs", type=int, default=30_000, help="training documents of a method")
     parser.add_argument("--queries", type=int, default=50)
     parser.add_argument("--alone", type=int, default=5, help="queries timed one by one")
     parser.add_argument("--noise", type=float, default=3.0, help="deviation of the first stage")
