@@ -3631,6 +3631,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if do_train and not given.get("model"):
+        if given.get("method", "groupwise") != "groupwise":
+            raise ValueError("--method needs --model: the demo's rows are groupwise")
         train_demo(given)
     elif do_train:
         cfg = Config(**given)
@@ -3651,7 +3653,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not cfg.model:
             raise ValueError("--rerank needs --model:"
                              " a folder, a hub name, or a server's model name")
-        if cfg.query or cfg.docs:
+        if (cfg.query or cfg.docs) and not sweep:
             if not (cfg.query and cfg.docs):
                 raise ValueError("--query and --docs go together")
             rerank_files(cfg, prompt)

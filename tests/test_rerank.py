@@ -360,6 +360,14 @@ def test_the_prompt_is_the_methods_unless_the_checkpoint_was_trained_for_it(tmp_
     assert grouprank.rerank_settings(model | {"method": "groupwise"})[1] == grouprank.Prompt()
 
 
+def test_other_methods_are_trained_by_sft_on_rows_of_ones_own():
+    train = ["--train", "--method", "listwise"]
+    with pytest.raises(ValueError, match="--method needs --model: the demo's rows are groupwise"):
+        grouprank.main(train)
+    with pytest.raises(ValueError, match="--method listwise can be trained by --stage sft"):
+        grouprank.main([*train, "--model", "m", "--data", "rows.jsonl"])
+
+
 def test_reading_candidates_honours_exclusions_and_the_cut(tmp_path):
     evaluate.write_collection(
         tmp_path, {"a": "A", "b": "B", "c": "C"}, {"q": "Q", "r": "R"},
@@ -590,7 +598,7 @@ class GoldServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *exc):
@@ -868,7 +876,7 @@ def test_a_wrong_key_or_model_name_stops_at_once_with_the_servers_words(tmp_path
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     endpoint = grouprank.Endpoint(
         f"http://127.0.0.1:{server.server_port}/v1", "x", grouprank.Config(), backoff_s=0.01
     )
