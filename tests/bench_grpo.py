@@ -5,7 +5,8 @@
     python tests/bench_grpo.py --json bench.json --rounds 5 --shapes 1024,64 2048,128
 
 `update` is the reference pass, forward, backward and optimizer step on forced answers; `rollout`
-first samples the answers (none ends early); `full` is 8 prompts with rollouts, packed only.
+first samples the answers (none ends early), others for ours than for TRL; `full` is 8 prompts with
+rollouts, packed only.
 One prompt of P tokens, G = 8 answers of C tokens each, the same random weights, LoRA rank 32 on all
 linear layers, KL to the model without adapters. Contenders run in processes of their own, in turn,
 each with one untimed step before the timed one.

@@ -451,6 +451,60 @@ def test_any_split_and_order_gives_the_gradient_of_one_pass_of_rows(lora):
                 assert largest_gap(found, expected) < 1e-5
 
 
+def test_a_second_update_keeps_the_old_log_probabilities_and_may_clip(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(grouprank, "score_completion", reward_letter_e)
+    cfg = settings(folders, clip_eps=1e-4, kl_coef=0.0)
+    job = job_for(cfg, tmp_path)
+    batch = grouprank.collect_rollouts(job, job.items[:2], 0)
+    advantages = grouprank.relative_advantages([[r.total for r in row] for row in batch.rewards])
+    passes = grouprank.build_passes(batch, advantages, cfg, True, "cpu")
+    optimizer = grouprank.Optimizer(job.model, job.machine, grad_clip=1.0, weight_decay=0.0)
+    update = (job, grouprank.Policy(job.model), None, passes, optimizer, 1e-2)
+    first = grouprank.policy_update(*update)
+    old = [part.old_logp.clone() for part in passes]
+    second = grouprank.policy_update(*update)
+    assert first["clip_share"] == 0 < second["clip_share"]
+    assert all(torch.equal(part.old_logp, o) for part, o in zip(passes, old, strict=True))
+
+
+def aligned_upper_left(query, key, value, prompt_key, prompt_value, lengths, scaling):
+    """A wrong attention: completions see nothing of their prompt."""
+    return grouprank.causal_attention(query, key, value, scaling)
+
+
+def test_packed_rows_that_differ_from_separate_ones_are_not_used(
+    folders, tmp_path, monkeypatch, capsys
+):
+    """With a wrong packed attention, training is that of --no-shared-prompt, and says why."""
+    monkeypatch.setattr(grouprank, "score_completion", reward_letter_e)
+    plain = settings(folders, stage="grpo", shared_prompt=False)
+    expected = grouprank.train(plain, PROMPT, tmp_path / "rows").model.state_dict()
+    monkeypatch.setattr(grouprank, "attend_completions", aligned_upper_left)
+    job = grouprank.train(settings(folders, stage="grpo"), PROMPT, tmp_path / "wrong")
+    assert "packed and separate rows differ" in capsys.readouterr().out
+    assert not job.shared
+    found = job.model.state_dict()
+    assert all(torch.allclose(found[name], w, atol=1e-5) for name, w in expected.items())
+
+
+def test_a_model_whose_attention_slides_trains_on_separate_rows(
+    folders, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(grouprank, "score_completion", reward_letter_e)
+    model = tiny_model("qwen2").config.to_dict() | {
+        "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention"]}  # fmt: skip
+    config = transformers.Qwen2Config(**model)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    grouprank.load_tokenizer(str(folders / "qwen2")).save_pretrained(tmp_path / "model")
+    cfg = settings(folders, model=str(tmp_path / "model"), stage="grpo")
+    job = grouprank.train(cfg, PROMPT, tmp_path / "out")
+    assert not job.shared
+    assert "note: prompts are run once for each answer: it has sliding_attention layers" in (
+        capsys.readouterr().out
+    )
+
+
 def test_equal_rewards_leave_the_weights_where_they_are(folders, tmp_path):
     """Random weights never write an answer: every reward is -0.5, and every advantage 0."""
     cfg = settings(folders, stage="grpo", kl_coef=0.0)
