@@ -3,13 +3,13 @@
     python tests/bench_rerank.py --out runs/bench_rerank                # the demo world, 3 seeds
     python tests/bench_rerank.py --realistic                           # random weights, real lengths
 
-The first bench trains small models on the demo's world. A base learns the reasoning about 1, 5, 10,
-then 20 documents, without any answer; what it is after its own size is where each method starts,
-and it is trained by SFT on the same documents with their true marks, as many a step, in as many
-steps: one pointwise, one listwise (windows of 20), and one groupwise for each group size, because a
-model of this size learns where in a prompt a document stands, not to look it up by its number. The
-first stage is simulated: the true score plus noise. Rows go to OUT/sweep.jsonl, which `evaluate.py
---plot` draws; a seed that is there is not run again.
+The first bench trains small models on the demo's world. A base learns the reasoning about groups of
+1, then 5, 10 and 20 documents, without any answer. From it one model for each method is trained by
+SFT on the same documents with their true marks, as many a step, in as many steps: one pointwise,
+one listwise (windows of 20), and one groupwise for each group size, because a model of this size
+learns where in a prompt a document stands rather than to look it up by its number. The first stage
+is simulated: the true score plus noise. Rows go to OUT/sweep.jsonl, which `evaluate.py --plot`
+draws; a seed that is there is not run again.
 
 Seconds are those of one core (CPU time of this process), so that other work on the machine does
 not count. "alone" is a query that is reranked by itself, "batched" its share of all together.
@@ -78,18 +78,27 @@ def write_rows(path, world, method, docs_per_group, n_docs):
                 file.write(json.dumps(row) + "\n")
 
 
-def train_model(folder, base, world, method, docs_per_group, n_docs):
-    """One model, trained from a base; returns its folder and the CPU seconds of its training."""
+def train_model(folder, start, world, method, docs_per_group, n_docs):
+    """One model, trained from another; returns its folder and the CPU seconds of its training."""
     out = folder / f"{method}-{docs_per_group}"
     out.mkdir()
     write_rows(out / "rows.jsonl", world, method, docs_per_group, n_docs)
     cfg = grouprank.Config(**SETTINGS | {
-        "model": str(base), "data": str(out / "rows.jsonl"), "seed": world.seed,
-        "docs_per_group": docs_per_group, "sft_batch": DOCS_PER_STEP // docs_per_group,
-        "sft_lr": 3e-3 if method == "base" else 1e-3})  # fmt: skip
+        "model": str(start), "data": str(out / "rows.jsonl"), "seed": world.seed,
+        "docs_per_group": docs_per_group, "sft_batch": DOCS_PER_STEP // docs_per_group})  # fmt: skip
     started = time.process_time()
     grouprank.train(cfg, grouprank.DEMO_PROMPT, out / "model")
     return out / "model", time.process_time() - started
+
+
+def train_base(folder, world):
+    """The model from which every method starts."""
+    tokenizer, model = grouprank.demo_tokenizer(world, more=[">"]), folder / "untrained"
+    grouprank.demo_model(tokenizer, world.seed).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    for size, n_docs in zip(SIZES, BASE_DOCS, strict=True):
+        model, _ = train_model(folder, model, world, "base", size, n_docs)
+    return model
 
 
 def measure(backend, queries, qrels, cfg, n_alone=0):
@@ -127,13 +136,7 @@ def run_seed(seed, args, out):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_collection(folder, world, args.queries, args.noise)
-        tokenizer = grouprank.demo_tokenizer(world, more=[">"])
-        grouprank.demo_model(tokenizer, seed).save_pretrained(folder / "untrained")
-        tokenizer.save_pretrained(folder / "untrained")
-        base, bases = folder / "untrained", {}
-        for size, n_docs in zip(SIZES, BASE_DOCS, strict=True):
-            base, _ = train_model(folder, base, world, "base", size, n_docs)
-            bases[size] = base
+        base = train_base(folder, world)
         plans = [("pointwise", 1, [{"rounds": 1}]),
                  ("listwise", 20, [{"rounds": 1}, {"rounds": 2}])]  # fmt: skip
         for size in SIZES:
@@ -141,7 +144,7 @@ def run_seed(seed, args, out):
             plans.append(("groupwise", size, [{"rounds": 1}, {"rounds": ROUNDS}, *rank]))
         rows = []
         for method, size, variants in plans:
-            model, train_s = train_model(folder, bases[size], world, method, size, args.docs)
+            model, train_s = train_model(folder, base, world, method, size, args.docs)
             cfg = grouprank.Config(**SETTINGS | {
                 "model": str(model), "data": str(folder), "run": str(folder / "first.run"),
                 "method": method, "docs_per_group": size, "seed": seed})  # fmt: skip
@@ -255,7 +258,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/bench_rerank", help="folder of sweep.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--docs", type=int, default=30_000, help="training documents of a method")
+    parser.add_argument("--docs", type=int, default=60_000, help="training documents of a method")
     parser.add_argument("--queries", type=int, default=50)
     parser.add_argument("--alone", type=int, default=5, help="queries timed one by one")
     parser.add_argument("--noise", type=float, default=3.0, help="deviation of the first stage")
