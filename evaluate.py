@@ -923,16 +923,28 @@ def _plot_training(figure, rows):
             axis.legend(ncols=2, loc="lower right", fontsize=6)
 
 
+# What a sweep may vary; rows that differ in nothing of it (seeds, runs) are averaged.
+SWEPT = ("method", "grouping", "docs_per_group", "docs_stride", "rounds", "window", "step", "top_k",
+         "fusion_weight", "temperature", "top_p", "retries")  # fmt: skip
+
+
 def _plot_sweep(figure, rows):
-    """NDCG@10 by group size (the paper's Fig. 3) and by rounds (its Fig. 5)."""
+    """NDCG@10 by group size (the paper's Fig. 3) and by rounds (its Fig. 5), a line per setting."""
     figure.set_size_inches(6.4, 2.8)
     names = {"docs_per_group": "documents per group", "rounds": "rounds"}
-    for axis, x, other in zip(figure.subplots(1, 2), names, reversed(names), strict=True):
-        for value in sorted({row[other] for row in rows}):
-            line = sorted((row[x], 100 * row["ndcg@10"]) for row in rows if row[other] == value)
-            axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=value)
+    varied = [name for name in SWEPT if len({row.get(name) for row in rows}) > 1]
+    for axis, x in zip(figure.subplots(1, 2), names, strict=True):
+        others, lines = [name for name in varied if name != x], {}
+        for row in rows:
+            line = lines.setdefault(", ".join(str(row.get(name)) for name in others), {})
+            line.setdefault(row[x], []).append(100 * row["ndcg@10"])
+        for label, points in lines.items():
+            means = [np.mean(points[value]) for value in sorted(points)]
+            axis.plot(sorted(points), means, marker="o", markersize=3, label=label)
         axis.set(xlabel=names[x], ylabel="NDCG@10 (0-100)", xticks=sorted({row[x] for row in rows}))
-        axis.legend(title=names[other], title_fontsize=7, ncols=2)
+        if others:
+            title = ", ".join(names.get(name, name.replace("_", " ")) for name in others)
+            axis.legend(title=title, title_fontsize=7, ncols=2)
 
 
 def _plot_pair(figure, rows):

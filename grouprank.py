@@ -6,9 +6,9 @@ document its own score from 0 to 10. Training is a supervised cold start, then G
 that mixes ranking metrics and the agreement of the score distributions.
 
 Sections, in the paper's order:
-    Config - Prompt - Parser - Pointwise and listwise - Reward (Eq. 4-6) - GRPO math (Eq. 7) - Model: precision, LoRA -
-    Token log-probabilities - Rollouts - Data - Checkpoints and logs - SFT (Eq. 3) - GRPO -
-    Rerank (Eq. 1, Sec. 4.5) - Embedded demo - Command line
+    Config - Prompt - Parser - Pointwise and listwise - Reward (Eq. 4-6) - GRPO math (Eq. 7) -
+    Model: precision, LoRA - Token log-probabilities - Rollouts - Data - Checkpoints and logs -
+    SFT (Eq. 3) - GRPO - Rerank (Eq. 1, Sec. 4.5) - Embedded demo - Command line
 
 Commands:
     python grouprank.py --train                           # embedded demo, minutes on 2 CPU cores
@@ -17,6 +17,8 @@ Commands:
     python grouprank.py --rerank --model DIR --query "why do leaves turn red" --docs a.txt b.txt
     python grouprank.py --rerank --endpoint http://127.0.0.1:8000/v1 --model NAME --data BEIR_DIR \\
         --run first.run --out reranked.run
+    python grouprank.py --sweep docs-per-group=5,10,20 rounds=1,2,4 --model DIR --data BEIR_DIR \\
+        --run first.run --out sweep.jsonl
 
 Departures from the paper, and choices where it is silent:
     1. Tied scores earn the expected NDCG and recall over all orders of the tie, in closed form, so
@@ -46,6 +48,8 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import http.client
+import itertools
 import json
 import math
 import os
@@ -107,8 +111,9 @@ class Config:
         "ours", "output")
     overwrite: bool = setting(False, "replace an output that exists",
         "ours: nothing is destroyed by default", "output")
-    resume: bool = setting(False, "continue the training in --out from its last checkpoint", "ours",
-        "output")
+    resume: bool = setting(False,
+        "continue --out: a training from its last checkpoint, a reranking after its last batch",
+        "ours", "output")
     seed: int = setting(0, "seed of every random stream", "ours", "input")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model",
         "ours: never without being asked", "input")
@@ -201,9 +206,21 @@ class Config:
     docs: tuple[str, ...] = setting((), "text files to rank for --query", "ours", "rerank")
     queries: str = setting("", "NAME of queries.NAME.jsonl to use instead of queries.jsonl", "ours",
         "rerank")
+    method: str = setting("groupwise",
+        "what a prompt holds: a group to score, one document to score (pointwise), or a window to"
+        " order that slides up the list (listwise); with --train what the rows teach",
+        "paper Sec. 3.1: groupwise", "rerank", ("groupwise", "pointwise", "listwise"))
+    grouping: str = setting("random",
+        "what shares a group: documents drawn at random, or neighbours in first-stage rank",
+        "paper Tables 4 and 5: random is better", "rerank", ("random", "rank"))
+    window: int = setting(20, "documents in a listwise window (w)", "ours: as RankGPT and rank_llm",
+        "rerank")
+    step: int = setting(10, "places by which a listwise window moves up (s)",
+        "ours: as RankGPT and rank_llm", "rerank")
     top_k: int = setting(100, "candidates reranked for each query", "paper Sec. 4: top 100",
         "rerank")
-    rounds: int = setting(1, "random regroupings whose scores are averaged (t)",
+    rounds: int = setting(1,
+        "regroupings whose scores are averaged (t); listwise: passes, one after the other",
         "paper Sec. 4.5: 1; gains flatten after about 4", "rerank")
     docs_stride: int = setting(0,
         "start a new group every so many documents; 0: groups do not overlap",
@@ -216,11 +233,13 @@ class Config:
     retries: int = setting(3, "further tries for a group whose answer is unusable", "ours",
         "rerank")
     endpoint: str = setting("",
-        "URL of an OpenAI-compatible server (…/v1); its key comes from OPENAI_API_KEY", "ours",
-        "rerank")
-    concurrency: int = setting(16, "requests in flight at an endpoint", "ours", "rerank")
+        "URL of an OpenAI-compatible server (…/v1), or several with commas between them; the key"
+        " comes from OPENAI_API_KEY", "ours", "rerank")
+    concurrency: int = setting(16, "requests in flight at all endpoints together", "ours", "rerank")
     timeout_s: float = setting(600.0, "seconds to wait for one answer of an endpoint", "ours",
         "rerank")
+    shard: str = setting("", "i/n: rerank part i of n of the queries; --merge joins the parts",
+        "ours", "rerank")
 
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", "machine")
     precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16",
@@ -233,13 +252,14 @@ class Config:
         """Reject values that cannot work, in the words of the command line."""
         positive = ("docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens",
                     "max_tokens_per_pass", "sft_batch", "prompts_per_step", "updates_per_batch",
-                    "top_k", "rounds", "concurrency", "sft_epochs", "grpo_epochs", "keep")
+                    "top_k", "rounds", "concurrency", "sft_epochs", "grpo_epochs", "keep",
+                    "window", "step", "timeout_s")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
         for name in ("seed", "retries", "lora_rank", "lora_alpha", "sft_lr", "grpo_lr", "kl_coef",
                      "cache_gib", "eval_every", "save_every", "weight_decay", "clip_eps",
-                     "advantage_eps", "timeout_s"):
+                     "advantage_eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
         if self.rollouts_per_prompt < 2:
@@ -255,8 +275,20 @@ class Config:
             raise ValueError(
                 f"--docs-stride must be from 0 to --docs-per-group ({self.docs_per_group}),"
                 f" got {self.docs_stride}: a larger one would skip documents")
+        if self.step > self.window:
+            raise ValueError(f"--step must be at most --window ({self.window}), got {self.step}:"
+                             " a larger one would skip documents")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues an output and --overwrite deletes it: give one")
+        number, n_parts = self.part
+        if not 1 <= number <= n_parts:
+            raise ValueError(f"--shard must be i/n with i from 1 to n, got {self.shard}")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """--shard i/n as (i, n); (1, 1) is all queries, (0, 0) is not of this form."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard or "1/1", re.ASCII)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def flag(name: str) -> str:
@@ -679,10 +711,12 @@ def parse_permutation(text: str, n_docs: int) -> Answer:
 
     The scores are falling places: n_docs for the best, 1 for the last. Repaired as RankGPT and
     rank_llm do, with the worst fault as the status: of a number that comes twice the first place
-    counts, numbers out of range are dropped, missing documents follow in the prompt's order.
+    counts, numbers out of range are dropped, missing documents follow in the prompt's order. JSON
+    is no order: the scores of a groupwise answer would be read as document numbers.
     """
     reason, inside, tags_ok = read_tags(text)
-    numbers = [int(digits) for digits in re.findall(r"\d{1,9}", inside or "", re.ASCII)]
+    inside = "" if inside is None or "{" in inside else inside
+    numbers = [int(digits) for digits in re.findall(r"\d{1,9}", inside, re.ASCII)]
     known = [number for number in numbers if 1 <= number <= n_docs]
     if not known:
         return Answer(None, JSON_FAULT if tags_ok else TAG_FAULT, reason)
@@ -2277,7 +2311,7 @@ def keep_best(job: Job, stage: str, step: int, n_steps: int) -> None:
 
 
 # Settings that a model brings with it: --rerank takes them from meta.json unless they are given.
-LIMITS = ("docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
+LIMITS = ("method", "docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
 
 
 def describe_model(job: Job, stage: str, step: int, numbers: dict | None = None) -> dict:
@@ -2721,23 +2755,40 @@ class Candidates:
 
 
 def plan_groups(n_docs: int, docs_per_group: int, rounds: int, stride: int,
-                rng: np.random.Generator) -> list[list[list[int]]]:
+                rng: np.random.Generator, by_rank: bool = False) -> list[list[list[int]]]:
     """Eq. 1: for each round, split 0..n_docs-1 at random into M = ceil(N / c) groups.
 
     Sizes differ by at most one. With 0 < stride < c a round has groups of c that start every
     `stride` documents of the shuffled circle, so that every document is in c / stride of them when
-    the stride divides both. Documents inside a group are in random order.
+    the stride divides both. With by_rank a group holds neighbouring ranks instead. Documents inside
+    a group are in random order either way: the two differ in who is compared with whom alone, not
+    in what stands first in a prompt, and the rounds of ranked groups differ from one another.
     """
     plan = []
     for _ in range(rounds):
-        order = rng.permutation(n_docs)
+        order = np.arange(n_docs) if by_rank else rng.permutation(n_docs)
         if 0 < stride < docs_per_group < n_docs:
             starts = range(0, n_docs, stride)
             groups = [np.take(order, range(s, s + docs_per_group), mode="wrap") for s in starts]
         else:
             groups = np.array_split(order, math.ceil(n_docs / docs_per_group))
+        if by_rank:
+            groups = [rng.permutation(group) for group in groups]
         plan.append([group.tolist() for group in groups])
     return plan
+
+
+def plan_windows(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
+    """Places [start, end) of the windows that slide up a list, from its bottom to its top.
+
+    1 + ceil((N - w) / s) windows for N > w, else one. As in rank_llm the last one is cut off at the
+    top of the list, so it may be short.
+
+    >>> plan_windows(95, 40, 20)
+    [(55, 95), (35, 75), (15, 55), (0, 35)]
+    """
+    n_moves = max(math.ceil((n_docs - window) / step), 0)
+    return [(max(n_docs - window - k * step, 0), n_docs - k * step) for k in range(n_moves + 1)]
 
 
 def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float],
@@ -2780,6 +2831,7 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
+    hopeless: bool = False  # an error that the same prompt would meet again
 
 
 class LocalModel:
@@ -2815,18 +2867,39 @@ class LocalModel:
             for prompt, (ids,) in zip(prompts, answers, strict=True)]
 
 
+@dataclass
+class Server:
+    """One URL of an endpoint, and how it has been doing."""
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # in a row; requests that were in flight together fail once
+    failed_at: float = 0.0  # on time.monotonic()'s clock
+    rests_until: float = 0.0
+
+
 class Endpoint:
-    """Answers chats through an OpenAI-compatible server (POST URL/chat/completions)."""
+    """Answers chats through OpenAI-compatible servers (POST URL/chat/completions).
+
+    Requests go to the server with the fewest in flight. One that fails is set aside for a while,
+    longer each time, and then tried with one request before it gets its share again. Which server
+    answers, and when, never changes what is asked or the order of the answers.
+    """
 
     FATAL = (401, 403, 404)  # a wrong key, address or model name will not get better
+    LONGEST_PAUSE_S = 60.0
+    # Lost connections and time-outs are OSErrors; the others come from answers that are none.
+    FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
+              AttributeError, ArithmeticError, RecursionError)
 
     def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6,
                  backoff_s: float = 1.0):
-        if not url.lower().startswith(("http://", "https://")):
+        urls = [u for u in re.split(r"[,\s]+", url) if u]
+        if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
             raise ValueError(f"--endpoint {url}: give an http or https URL,"
                              " such as http://host:8000/v1")
-        self.url = url.rstrip("/") + "/chat/completions"
+        self.servers = [Server(u.rstrip("/") + "/chat/completions") for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
+        self.lock = threading.Lock()
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
@@ -2845,46 +2918,95 @@ class Endpoint:
         return answers
 
     def ask(self, chat: Chat, temperature: float, top_p: float) -> Completion:
-        """One request, tried again with growing pauses on 429, 5xx, time-outs, lost connections."""
+        """One request, tried again with growing pauses on 408, 429, 5xx, time-outs, half answers.
+
+        The pause is left out when another server is ready to take the request.
+        """
         body = {"model": self.model, "temperature": temperature, "top_p": top_p,
                 "messages": chat_messages(chat.prompt, chat.query, self.shorten(chat.texts)),
                 "max_tokens": self.cfg.max_new_tokens,
                 "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF}
         jitter = random.Random(repr(chat.seed))
         for attempt in range(self.tries):
-            wait_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
+            started, server = time.monotonic(), self.take()
+            answer, asked_pause_s = self.try_once(server.url, body)
+            if not answer.error or answer.hopeless:
+                self.give_back(server, started, 0.0)
+                return answer
+            pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
+            pause_s = min(pause_s if asked_pause_s is None else asked_pause_s, self.LONGEST_PAUSE_S)
+            other_is_ready = self.give_back(server, started, max(pause_s, 1e-9))
+            if attempt + 1 < self.tries and not other_is_ready:
+                time.sleep(pause_s)
+        return Completion("", error=f"{answer.error} ({self.tries} tries)")
+
+    def take(self) -> Server:
+        """The server with the fewest requests in flight, among those that are not set aside."""
+        with self.lock:
+            now = time.monotonic()
+            ready = [server for server in self.servers if server.rests_until <= now]
+            server = min(ready or self.servers, key=lambda server: server.in_flight)
+            server.in_flight += 1
+            if server.failures:  # one request finds out whether it is back; the others wait for it
+                server.rests_until = now + self.cfg.timeout_s
+            return server
+
+    def give_back(self, server: Server, started: float, pause_s: float) -> bool:
+        """Note how a server did, with pause 0 for well; returns whether another one is ready."""
+        with self.lock:
+            now = time.monotonic()
+            server.in_flight -= 1
+            if not pause_s:
+                server.failures, server.rests_until = 0, now
+            elif started > server.failed_at:
+                server.failures, server.failed_at = server.failures + 1, now
+                rest_s = max(pause_s, self.backoff_s * 2 ** min(server.failures, 10))
+                server.rests_until = now + min(rest_s, self.LONGEST_PAUSE_S)
+            return any(s.rests_until <= now for s in self.servers if s is not server)
+
+    def try_once(self, url: str, body: dict) -> tuple[Completion, float | None]:
+        """Post one request: the answer or the error, and the pause in seconds that was asked for.
+
+        Raises ValueError where no request can succeed.
+        """
+        try:
+            return self.post(url, body), None
+        except urllib.error.HTTPError as error:
             try:
-                return self.post(body)
-            except urllib.error.HTTPError as error:
                 with error:
                     words = error.read(300).decode("utf-8", "replace")
-                key = os.environ.get("OPENAI_API_KEY") or "\0"  # some servers repeat it
-                detail = f"HTTP {error.code}: {words.replace(key, '***')}"
-                if error.code in self.FATAL:
-                    raise ValueError(f"{self.url} answered {detail}") from None
-                if error.code != 429 and error.code < 500:
-                    return Completion("", error=detail)
-                after = error.headers.get("Retry-After", "")
-                wait_s = min(float(after), 60.0) if after.isdigit() else wait_s
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                # URLError, time-outs and resets are OSErrors; the others are half an answer.
-                detail = f"{type(error).__name__}: {first_line(error)}"
-            if attempt + 1 < self.tries:
-                time.sleep(wait_s)
-        return Completion("", error=f"{detail} ({self.tries} tries)")
+            except self.FAULTS:
+                words = "(its words were cut off)"
+            key = os.environ.get("OPENAI_API_KEY") or "\0"  # some servers repeat it
+            detail = f"HTTP {error.code}: {words.replace(key, '***')}"
+            if error.code in self.FATAL:
+                raise ValueError(f"{url} answered {detail}") from None
+            hopeless = error.code < 500 and error.code not in (408, 429)
+            after = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", error.headers.get("Retry-After", ""), re.A)
+            return Completion("", error=detail, hopeless=hopeless), after and float(after[0])
+        except self.FAULTS as error:
+            return Completion("", error=f"{type(error).__name__}: {first_line(error)}"), None
 
     def shorten(self, texts: Sequence[str]) -> list[str]:
         """Cut documents at --max-doc-tokens, taken as four characters each: it tokenises itself."""
         return [text[: 4 * self.cfg.max_doc_tokens] for text in texts]
 
-    def post(self, body: dict) -> Completion:
-        """Send one request; the key comes from OPENAI_API_KEY. Raises where the answer is none."""
+    def post(self, url: str, body: dict) -> Completion:
+        """Send one request; the key comes from OPENAI_API_KEY. Raises where the answer is none.
+
+        A silence of --timeout-s ends it, and so does an answer that is still incomplete then.
+        """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        deadline, received = time.monotonic() + self.cfg.timeout_s, []
         with urllib.request.urlopen(request, timeout=self.cfg.timeout_s) as response:
-            answer = json.loads(response.read())
+            while part := response.read1(65536):
+                received.append(part)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no whole answer in {self.cfg.timeout_s:g} s")
+        answer = json.loads(b"".join(received))
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         text = choice["message"].get("content") or ""
         if not isinstance(text, str):
@@ -2908,8 +3030,8 @@ class Group:
 class Ranking:
     """The reranked list of one query."""
     order: list[int]  # positions in the first-stage list, best first
-    votes: list[list[int]]  # scores 0-10 that each position got, one a group that holds it
-    means: list[float | None]  # their mean, None where there was none
+    votes: list[list[int]]  # scores that each position got, one a group or window that holds it
+    means: list[float | None]  # their mean (listwise: the place) on 0-10, None where there was none
     finals: list[float | None]  # fused score of each position
     reasons: list[tuple[list[int], str]]  # documents of each group and the model's reason
 
@@ -2917,7 +3039,7 @@ class Ranking:
 Backend = Callable[..., list[Completion]]  # LocalModel and Endpoint
 
 
-def ask_groups(backend: Backend, prompt: Prompt, groups: list[Group], cfg: Config, counts: Counter,
+def ask_groups(backend: Backend, method: Method, groups: list[Group], cfg: Config, counts: Counter,
                progress: tqdm | None = None) -> None:
     """Fill in the groups' scores; a group with an unusable answer is asked again with a new seed.
 
@@ -2928,17 +3050,19 @@ def ask_groups(backend: Backend, prompt: Prompt, groups: list[Group], cfg: Confi
             counts["retried"] += len(groups)
         # Greedy decoding would repeat its own mistake: a second try always samples.
         temperature = max(cfg.temperature, 0.3) if attempt else cfg.temperature
-        chats = [Chat(prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
+        chats = [Chat(method.prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
                       (*g.seed, attempt)) for g in groups]
         completions = backend(chats, temperature, cfg.top_p, None if attempt else progress)
         failed = []
         for group, completion in zip(groups, completions, strict=True):
-            answer = count_answer(completion, len(group.docs), counts)
+            answer = count_answer(completion, method, len(group.docs), counts)
             if answer.scores is not None:
                 pairs = zip(group.scores, answer.scores, strict=True)
                 group.scores = [new if old is None else old for old, new in pairs]
             if answer.complete:
                 group.scores, group.reason = answer.scores, answer.reason
+            elif completion.hopeless:
+                counts["failed groups"] += 1
             else:
                 failed.append(group)
         groups = failed
@@ -2947,7 +3071,7 @@ def ask_groups(backend: Backend, prompt: Prompt, groups: list[Group], cfg: Confi
     counts["failed groups"] += len(groups)
 
 
-def count_answer(completion: Completion, n_docs: int, counts: Counter) -> Answer:
+def count_answer(completion: Completion, method: Method, n_docs: int, counts: Counter) -> Answer:
     """Parse one completion and count what it was; an error is counted and never parsed."""
     counts["calls"] += 1
     counts["prompt tokens"] += completion.prompt_tokens
@@ -2956,54 +3080,129 @@ def count_answer(completion: Completion, n_docs: int, counts: Counter) -> Answer
         counts["errors"] += 1
         counts[f"error: {completion.error[:200]}"] += 1
         return Answer(None, TAG_FAULT)
-    answer = parse_answer(completion.text, n_docs)
+    text = completion.text
+    if completion.truncated:
+        text = text.rstrip("0123456789")  # the 1 at the cut may be the start of a 10
+    answer = method.parse(text, n_docs)
     counts[answer.status] += 1
     counts["truncated"] += completion.truncated
     return answer
 
 
-GROUPS_PER_BATCH = 1024  # prompts handed to the backend at once: enough to fill it
+QUERIES_PER_BATCH = 64  # asked together; a resumable job stores its results as often
 
 
 def rank_queries(backend: Backend, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
                  counts: Counter, show_progress: bool = False) -> list[Ranking]:
-    """Rerank several queries at once: all their groups and rounds are independent prompts."""
-    groups_of = [plan_query(query, cfg) for query in queries]
-    groups = [group for planned in groups_of for group in planned]
-    hidden = not (show_progress and sys.stderr.isatty())
-    with tqdm(total=len(groups), desc="rerank", unit="group", disable=hidden) as progress:
-        for start in range(0, len(groups), GROUPS_PER_BATCH):
-            batch = groups[start : start + GROUPS_PER_BATCH]
-            ask_groups(backend, prompt, batch, cfg, counts, progress)
-    rankings = [pool_scores(q, planned, cfg) for q, planned in zip(queries, groups_of, strict=True)]
-    if counts["calls"] and counts["errors"] == counts["calls"]:
-        worst = next(key for key in counts if key.startswith("error: "))
-        raise ValueError(f"none of {counts['calls']} calls was answered; the first {worst}")
-    counts["unscored documents"] += sum(ranking.means.count(None) for ranking in rankings)
+    """Rerank queries by cfg.method; adds to the counts what the answers were like."""
+    rankings = []
+    for _, more, counted in rank_batches(backend, prompt, queries, cfg, show_progress):
+        rankings += more
+        counts.update(counted)
     return rankings
 
 
+def rank_batches(backend: Backend, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
+                 show_progress: bool = False, n_done: int = 0
+                 ) -> Iterator[tuple[Sequence[Candidates], list[Ranking], Counter]]:
+    """Yield queries, rankings and counts of each batch of queries, after the first n_done batches.
+
+    The batches do not depend on where a job starts, so that it may stop and go on after any.
+    """
+    n_calls = [planned_calls(query, cfg) for query in queries]
+    first = n_done * QUERIES_PER_BATCH
+    hidden = not (show_progress and sys.stderr.isatty())
+    with tqdm(total=sum(n_calls), initial=sum(n_calls[:first]), desc="rerank", unit="call",
+              disable=hidden) as progress:
+        for start in range(first, len(queries), QUERIES_PER_BATCH):
+            counts: Counter = Counter()
+            batch = queries[start : start + QUERIES_PER_BATCH]
+            rank = slide_windows if cfg.method == "listwise" else score_groups
+            method = Method(prompt, METHODS[cfg.method].parse)
+            rankings = rank(backend, method, batch, cfg, counts, progress)
+            if counts["calls"] and counts["errors"] == counts["calls"]:
+                worst = next(key for key in counts if key.startswith("error: "))
+                raise ValueError(f"none of {counts['calls']} calls was answered; the first {worst}")
+            counts["unscored documents"] += sum(r.means.count(None) for r in rankings)
+            yield batch, rankings, counts
+
+
+def score_groups(backend: Backend, method: Method, queries: Sequence[Candidates], cfg: Config,
+                 counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
+    """Groupwise (Eq. 1) and pointwise: all groups of all rounds are independent prompts."""
+    groups_of = [plan_query(query, cfg) for query in queries]
+    ask_groups(backend, method, [g for groups in groups_of for g in groups], cfg, counts, progress)
+    rankings = []
+    for query, groups in zip(queries, groups_of, strict=True):
+        means = [sum(v) / len(v) if v else None for v in gather_votes(query, groups)]
+        rankings.append(fuse_ranking(query, groups, means, cfg))
+    return rankings
+
+
+def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates], cfg: Config,
+                  counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
+    """Listwise: a query's windows wait for one another, so each place is asked for all at once.
+
+    The score is the place in the end, 10 for the first, 10 / N for the last of N. A window without
+    a usable answer keeps its order; a document that no usable window held has no score.
+    """
+    orders = [list(range(len(query.ids))) for query in queries]
+    groups_of: list[list[Group]] = [[] for _ in queries]
+    windows_of = [plan_windows(len(q.ids), cfg.window, cfg.step) for q in queries]
+    for t, k in itertools.product(range(cfg.rounds), range(max(map(len, windows_of)))):
+        asked = []
+        for query, order, windows, groups in zip(queries, orders, windows_of, groups_of,
+                                                 strict=True):
+            if k < len(windows):
+                docs = order[slice(*windows[k])]
+                groups.append(Group(query, docs, (cfg.seed, query.qid, t, k), [None] * len(docs)))
+                asked.append((groups[-1], order, slice(*windows[k])))
+        ask_groups(backend, method, [group for group, _, _ in asked], cfg, counts, progress)
+        for group, order, places in asked:
+            order[places] = [group.docs[i] for i in order_candidates(group.scores)]
+    rankings = []
+    for query, order, groups in zip(queries, orders, groups_of, strict=True):
+        falling = {i: SCORE_MAX * (1 - place / len(order)) for place, i in enumerate(order)}
+        means = [falling[i] if v else None for i, v in enumerate(gather_votes(query, groups))]
+        rankings.append(fuse_ranking(query, groups, means, cfg))
+    return rankings
+
+
+def planned_calls(query: Candidates, cfg: Config) -> int:
+    """Calls that a query takes when every answer is usable."""
+    if cfg.method == "listwise":
+        return cfg.rounds * len(plan_windows(len(query.ids), cfg.window, cfg.step))
+    return len(plan_query(query, cfg))
+
+
 def plan_query(query: Candidates, cfg: Config) -> list[Group]:
-    """The groups of all rounds of a query."""
+    """The groups of all rounds of a query; pointwise, every document is its own."""
     rng = np.random.default_rng([cfg.seed, zlib.crc32(query.qid.encode())])
-    plan = plan_groups(len(query.ids), cfg.docs_per_group, cfg.rounds, cfg.docs_stride, rng)
+    docs_per_group = 1 if cfg.method == "pointwise" else cfg.docs_per_group
+    plan = plan_groups(len(query.ids), docs_per_group, cfg.rounds, cfg.docs_stride, rng,
+                       cfg.grouping == "rank")
     return [Group(query, docs, (cfg.seed, query.qid, t, m), [None] * len(docs))
             for t, round_groups in enumerate(plan) for m, docs in enumerate(round_groups)]
 
 
-def pool_scores(query: Candidates, groups: Sequence[Group], cfg: Config) -> Ranking:
-    """Average each document's scores over its groups, fuse with the first stage, and sort."""
+def gather_votes(query: Candidates, groups: Sequence[Group]) -> list[list[int]]:
+    """The scores that each document got, one for each group that holds it."""
     votes: list[list[int]] = [[] for _ in query.ids]
     for group in groups:
         for position, score in zip(group.docs, group.scores, strict=True):
             if score is not None:
                 votes[position].append(score)
-    means = [sum(v) / len(v) if v else None for v in votes]
+    return votes
+
+
+def fuse_ranking(query: Candidates, groups: Sequence[Group], means: list[float | None],
+                 cfg: Config) -> Ranking:
+    """Fuse each document's mean score with the first stage, and sort."""
     finals = fuse_scores(means, query.scores, cfg.fusion_weight)
     order = order_candidates(finals)
     assert sorted(order) == list(range(len(query.ids))), "every document once"
     reasons = [(group.docs, group.reason) for group in groups]
-    return Ranking(order, votes, means, finals, reasons)
+    return Ranking(order, gather_votes(query, groups), means, finals, reasons)
 
 
 def carried_scores(ranking: Ranking) -> list[float]:
@@ -3052,39 +3251,227 @@ def load_backend(cfg: Config) -> Backend:
     return LocalModel(model, tokenizer, machine, cfg)
 
 
+# Settings that may change between the parts of one reranking job without changing its result.
+FREE_TO_DIFFER = FREE_TO_CHANGE | {"run", "prompt_file", "endpoint", "concurrency", "timeout_s",
+                                   "shard"}
+
+
+def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) -> dict:
+    """All that decides the result of a reranking; two jobs with the same are parts of one."""
+    config = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    digest = hashlib.sha256()
+    for query in queries:
+        digest.update(repr(query).encode())
+    return {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
+            "prompt": prompt.hash, "candidates": digest.hexdigest()[:16]}
+
+
+def check_same_task(path: Path, before: dict, now: dict) -> None:
+    """Raise ValueError that names the first setting in which two tasks differ."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(f"{path} belongs to another job: its {name} is {before.get(name)!r},"
+                             f" not {now.get(name)!r}; give the same settings, or --overwrite")
+
+
+def read_journal(path: Path, cfg: Config) -> list[dict]:
+    """The finished lines of an interrupted job; what a killed process left of a line goes."""
+    if cfg.overwrite:
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        return []
+    if not cfg.resume:
+        raise ValueError(f"{path} holds a part of this job: add --resume to go on, or --overwrite")
+    content = path.read_bytes()
+    os.truncate(path, content.rfind(b"\n") + 1)
+    return list(evaluate.read_jsonl(path))
+
+
+def append_line(path: Path, line: dict) -> None:
+    """Add a JSON line that outlives a crash of the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def describe_job_size(cfg: Config, prompt: Prompt, queries: Sequence[Candidates], backend) -> str:
+    """One line that would show a wrong setting before hours of calls."""
+    where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
+    sizes = {"groupwise": f"{cfg.grouping} groups of {cfg.docs_per_group}",
+             "listwise": f"windows of {cfg.window} by {cfg.step}", "pointwise": "one by one"}
+    return (f"rerank {cfg.method}: {len(queries)} queries, {sum(len(q.ids) for q in queries)}"
+            f" documents, {sizes[cfg.method]}, {cfg.rounds} round(s),"
+            f" {sum(planned_calls(q, cfg) for q in queries)} calls,"
+            f" model {cfg.model} on {where}, prompt {prompt.hash}")
+
+
 def rerank_collection(cfg: Config, prompt: Prompt) -> None:
-    """`--rerank` with a collection and a run."""
+    """`--rerank` with a collection and a run; OUT.partial keeps finished batches until the end."""
     if not cfg.out:
         raise ValueError("--rerank needs --out FILE for the reranked run")
-    evaluate.refuse_overwrite(cfg.out, cfg.overwrite)
+    number, n_parts = cfg.part
+    out = Path(f"{cfg.out}.{number}-of-{n_parts}" if cfg.shard else cfg.out)
+    partial = out.with_name(out.name + ".partial")
+    if not cfg.resume:
+        evaluate.refuse_overwrite(out, cfg.overwrite)
     queries, _, notes = read_candidates(cfg)
+    task = describe_task(cfg, prompt, queries)
+    if cfg.resume and out.exists() and not partial.exists():
+        check_same_task(out, read_sidecar(out).get("task", {}), task)
+        print(f"{out} is complete")
+        return
+    if number > len(queries):
+        raise ValueError(f"--shard {cfg.shard}: there are only {len(queries)} queries")
+    queries = queries[number - 1 :: n_parts]
+    batches = read_journal(partial, cfg)
+    for batch in batches:
+        check_same_task(partial, batch["task"], task)
     for note, n in notes.items():
         if n:
             print(f"note: {n} {note}")
-    n_docs = sum(len(query.ids) for query in queries)
     backend = load_backend(cfg)
     spare_threads(backend.model)
-    where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
-    print(f"rerank: {len(queries)} queries, {n_docs} documents, groups of {cfg.docs_per_group},"
-          f" {cfg.rounds} round(s), {sum(len(plan_query(q, cfg)) for q in queries)} calls,"
-          f" model {cfg.model} on {where}, prompt {prompt.hash}", flush=True)
-    counts: Counter = Counter()
+    print(describe_job_size(cfg, prompt, queries, backend), flush=True)
+    if batches:
+        print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries", flush=True)
     started = time.perf_counter()
-    rankings = rank_queries(backend, prompt, queries, cfg, counts, show_progress=True)
-    seconds = time.perf_counter() - started
-    rows = {}
-    for query, ranking in zip(queries, rankings, strict=True):
-        ids = [query.ids[i] for i in ranking.order]
-        rows[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
-    evaluate.write_run(cfg.out, rows, tag="grouprank")
-    sidecar = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
-               "prompt": dataclasses.asdict(prompt), "queries": len(queries), "documents": n_docs,
-               "counts": dict(sorted(counts.items())), "notes": notes, "seconds": round(seconds, 3),
+    for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True, len(batches)):
+        run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
+        append_line(partial, batches[-1])
+    rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
+    record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
+              "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
+    write_reranked(out, rows, batches, record)
+    partial.unlink()
+
+
+def ranked_pairs(query: Candidates, ranking: Ranking) -> list[tuple[str, float]]:
+    """(document id, falling score) of each place."""
+    return list(zip([query.ids[i] for i in ranking.order], carried_scores(ranking), strict=True))
+
+
+def write_reranked(out: Path, rows: dict, parts: Sequence[dict], record: dict) -> None:
+    """Write the run and its sidecar, with the counts and seconds of all parts of the job."""
+    counts: Counter = Counter()
+    for part in parts:
+        counts.update(part["counts"])
+    seconds = sum(part["seconds"] for part in parts)
+    sidecar = {**record, "queries": len(rows), "documents": sum(map(len, rows.values())),
+               "counts": dict(sorted(counts.items())), "seconds": round(seconds, 3),
                "command": sys.argv[1:], "versions": provenance()}
-    with evaluate.open_atomic(f"{cfg.out}.json") as file:
+    with evaluate.open_atomic(f"{out}.json") as file:
         json.dump(sidecar, file, indent=2, ensure_ascii=False)
+    evaluate.write_run(out, rows, tag="grouprank")  # last: where the run is, the job is complete
     print(describe_counts(counts))
-    print(f"wrote {cfg.out} and {cfg.out}.json in {clock(seconds)}")
+    print(f"wrote {out} and {out}.json in {clock(seconds)}")
+
+
+def read_sidecar(run: Path) -> dict:
+    """What stands beside a run that --rerank wrote."""
+    return json.loads(Path(f"{run}.json").read_text(encoding="utf-8"))
+
+
+def merge_shards(cfg: Config) -> None:
+    """`--merge`: join OUT.1-of-N to OUT.N-of-N, which --rerank --shard i/N wrote, into OUT."""
+    if not cfg.out:
+        raise ValueError("--merge needs --out FILE, as it was given with --shard")
+    out = Path(cfg.out)
+    evaluate.refuse_overwrite(out, cfg.overwrite)
+    name = re.compile(re.escape(out.name) + r"\.(\d+)-of-(\d+)")
+    found = {(int(m[2]), int(m[1])): path for path in out.parent.glob("*-of-*")
+             if (m := name.fullmatch(path.name))}
+    sizes = sorted({n_parts for n_parts, _ in found})
+    if len(sizes) != 1:
+        raise ValueError(f"{out}: --merge found parts of {sizes or 'no'} splits beside it,"
+                         " it needs those of one (OUT.1-of-N, OUT.2-of-N, ...)")
+    n_parts = sizes[0]
+    missing = [i for i in range(1, n_parts + 1) if (n_parts, i) not in found]
+    if missing:
+        raise ValueError(f"{out}: part {', '.join(map(str, missing))} of {n_parts} is missing")
+    parts, runs = [], []
+    for _, path in sorted(found.items()):
+        parts.append(read_sidecar(path))
+        check_same_task(path, parts[-1]["task"], parts[0]["task"])
+        runs.append(evaluate.read_run(path))
+        if len(runs[-1]) != parts[-1]["queries"]:
+            raise ValueError(f"{path} holds {len(runs[-1])} queries, not the"
+                             f" {parts[-1]['queries']} that were written")
+    # Query j of part i is number (j - 1) * N + i of the collection: the order of one whole job.
+    rounds = itertools.zip_longest(*(run.items() for run in runs))
+    rows = {pair[0]: list(pair[1].items()) for pairs in rounds for pair in pairs if pair}
+    record = {name: parts[0][name] for name in ("config", "prompt_hash", "prompt", "notes", "task")}
+    record["config"] |= {"shard": "", "out": cfg.out}
+    write_reranked(out, rows, parts, record)
+
+
+# Settings that a sweep may vary, those that a back end does not hold; PLAN is in every line.
+PLAN = ("method", "grouping", "docs_per_group", "docs_stride", "rounds", "window", "step")
+SWEPT = (*PLAN, "top_k", "fusion_weight", "temperature", "top_p", "retries", "seed", "run",
+         "queries")
+
+
+def read_sweep(items: Sequence[str]) -> list[dict]:
+    """["rounds=1,2", "docs-per-group=5,10"] as the four combinations, the first name slowest."""
+    values: dict[str, list] = {}
+    for item in items:
+        name, _, listed = item.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if name not in SWEPT or name in values or not listed:
+            raise ValueError(f"--sweep {item}: give NAME=V1,V2,... once for each NAME, which is one"
+                             f" of {', '.join(flag(n)[2:] for n in SWEPT)}")
+        option = Config.__dataclass_fields__[name]
+        try:
+            values[name] = [type(option.default)(value) for value in listed.split(",")]
+        except ValueError:
+            raise ValueError(f"--sweep {item}: {flag(name)} takes numbers") from None
+        wrong = set(values[name]) - set(option.metadata["choices"] or values[name])
+        if wrong:
+            raise ValueError(f"--sweep {item}: {flag(name)} has no choice {sorted(wrong)[0]!r}")
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+def mean_ndcg(qrels: dict, run: dict) -> float:
+    """Mean NDCG@10 over the queries."""
+    return float(np.mean(list(evaluate.evaluate_run(qrels, run)["ndcg@10"].values())))
+
+
+def sweep_collection(given: dict, items: Sequence[str]) -> None:
+    """`--sweep`: rerank one collection with each combination; lines that are there are kept."""
+    path = Path(given.get("out") or "sweep.jsonl")
+    combinations = read_sweep(items)
+    base, prompt = rerank_settings(given)
+    tasks = [dataclasses.replace(base, **values) for values in combinations]
+    prompts = {base.method: prompt}
+    for method in {cfg.method for cfg in tasks} - {base.method}:
+        prompts[method] = rerank_settings(given | {"method": method})[1]
+    inputs = {(cfg.run, cfg.queries, cfg.top_k): cfg for cfg in tasks}
+    inputs = {key: read_candidates(cfg) for key, cfg in inputs.items()}
+    if not all(collection.qrels for _, collection, _ in inputs.values()):
+        raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
+    done = {json.dumps(line.get("task")): line for line in read_journal(path, base)}
+    backend = load_backend(base)
+    spare_threads(backend.model)
+    print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
+    for values, cfg in zip(combinations, tasks, strict=True):
+        queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
+        task = describe_task(cfg, prompts[cfg.method], queries)
+        line = done.get(json.dumps(task))
+        if line is None:
+            counts, started = Counter(), time.perf_counter()
+            rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
+            seconds = time.perf_counter() - started
+            run = {q.qid: dict(ranked_pairs(q, r)) for q, r in zip(queries, rankings, strict=True)}
+            line = {name: getattr(cfg, name) for name in PLAN} | values
+            line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
+                     "seconds": round(seconds, 3), **counts, "task": task}
+            append_line(path, line)
+        print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
+              + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls and"
+              f" {line['seconds'] / line['queries']:.2f} s a query", flush=True)
 
 
 def describe_counts(counts: Counter) -> str:
@@ -3176,12 +3563,14 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     if given.get("model") and meta_file.is_file():
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
     cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
-    prompt = Prompt(**meta["prompt"]) if "prompt" in meta else Prompt()
+    prompt = METHODS[cfg.method].prompt
+    if "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
+        prompt = Prompt(**meta["prompt"])
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
-        if meta.get("prompt_hash", prompt.hash) != prompt.hash:
-            print(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one is"
-                  f" {prompt.hash}: another wording can cost points silently", file=sys.stderr)
+    if meta.get("prompt_hash", prompt.hash) != prompt.hash:
+        print(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one is"
+              f" {prompt.hash}: another wording can cost points silently", file=sys.stderr)
     return cfg, prompt
 
 
@@ -3214,6 +3603,7 @@ class DemoWorld:
     blind_recall: float = 0.35  # how often it recognises such a concept
     recall: float = 0.95  # how often it recognises any other
     match_share: float = 0.3  # how often a document holds a concept of its query
+    doc_words: int = 5
 
     @functools.cached_property
     def concepts(self) -> list[list[str]]:
@@ -3235,11 +3625,12 @@ class DemoWorld:
                 return query
 
     def draw_document(self, rng: random.Random, query: list[int]) -> list[str]:
-        """Five words: those of the query's concepts that it happens to hold, and others."""
+        """doc_words words: those of the query's concepts that it happens to hold, and others."""
         words = [self.concepts[c][rng.choice((1, 2))]
                  for c in query if rng.random() < self.match_share]
         others = [c for c in range(len(self.concepts)) if c not in query]
-        words += [self.concepts[c][rng.choice((1, 2))] for c in rng.sample(others, 5 - len(words))]
+        others = rng.sample(others, self.doc_words - len(words))
+        words += [self.concepts[c][rng.choice((1, 2))] for c in others]
         rng.shuffle(words)
         return words
 
@@ -3252,15 +3643,24 @@ class DemoWorld:
             marks.append(mark if seen else 0)
         return marks
 
-    def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None) -> str:
-        """The reasoning: each query word and its mark, document by document; then the scores."""
+    def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None,
+                method: str = "groupwise") -> str:
+        """The reasoning: each query word and its mark, document by document; then the answer."""
         names, lines, scores = [self.concepts[c][0] for c in query], [], []
         for i, words in enumerate(docs, 1):
             marks = self.marks(query, words, rng)
             marked = " ".join(f"{n} {MARKS[m]}" for n, m in zip(names, marks, strict=True))
             lines.append(f"[{i}] {marked}")
-            scores.append(f'"[{i}]":{sum(POINTS[m] for m in marks)}')
-        return f"<reason> {' '.join(lines)} </reason> <answer> {{{','.join(scores)}}} </answer>"
+            scores.append(sum(POINTS[m] for m in marks))
+        if method == "listwise":
+            order = sorted(range(1, len(docs) + 1), key=lambda i: -scores[i - 1])
+            answer = " > ".join(f"[{i}]" for i in order)
+        elif method == "pointwise":
+            answer = str(scores[0])
+        else:
+            answer = ",".join(f'"[{i}]":{score}' for i, score in enumerate(scores, 1))
+            answer = f"{{{answer}}}"
+        return f"<reason> {' '.join(lines)} </reason> <answer> {answer} </answer>"
 
     def row(self, rng: random.Random, id: str, n_docs: int, *, kind: str) -> dict:
         """A training row: "sft" has the teacher's response, "grpo" and "dev" the true scores."""
@@ -3289,7 +3689,7 @@ class DemoWorld:
         return corpus, queries, qrels
 
 
-def demo_tokenizer(world: DemoWorld, max_docs: int = 20):
+def demo_tokenizer(world: DemoWorld, max_docs: int = 20, more: Sequence[str] = ()):
     """A word-level tokenizer with a chat template; an answer's key such as ,"[3]": is one token."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # comes with transformers
 
@@ -3298,7 +3698,8 @@ def demo_tokenizer(world: DemoWorld, max_docs: int = 20):
     keys = [f'{opening}"{number}":' for number in numbers for opening in "{,"]
     words = ["user", "assistant", "system", "query", *(w for row in world.concepts for w in row)]
     tags = ["<reason>", "</reason>", "<answer>", "</answer>"]
-    vocab = [*special, *numbers, *keys, *words, *tags, *MARKS, *map(str, range(11)), *"{}:,."]
+    vocab = [*special, *numbers, *keys, *words, *tags, *MARKS, *map(str, range(11)), *"{}:,.",
+             *more]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     token = Regex(r'[{,]"\[\d+\]":|\[\d+\]|</?[a-z]+>|[a-z]+|\d+|\++|[^\sa-z\d+]')
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -3372,11 +3773,6 @@ def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> tuple[f
            for query, ranking in zip(queries, rankings, strict=True)}
     spread = [float(np.std(v)) for ranking in rankings for v in ranking.votes if len(v) > 1]
     return mean_ndcg(collection.qrels, run), float(np.mean(spread)) if spread else math.nan
-
-
-def mean_ndcg(qrels: dict, run: dict) -> float:
-    """Mean NDCG@10 over the queries."""
-    return float(np.mean(list(evaluate.evaluate_run(qrels, run)["ndcg@10"].values())))
 
 
 def train_demo(given: dict) -> None:
@@ -3505,6 +3901,12 @@ def build_parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="train; without --model the demo")
     mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
+    mode.add_argument("--sweep", nargs="+", metavar="NAME=V1,V2",
+                      help="rerank a run with every combination of these options' values, and write"
+                           " NDCG@10, calls, tokens and seconds of each as a line of --out"
+                           " (default sweep.jsonl)")
+    mode.add_argument("--merge", action="store_true",
+                      help="join the parts of --out that --rerank --shard wrote")
     add_settings(parser, Config)
     return parser
 
@@ -3512,13 +3914,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run one command."""
     given = vars(build_parser().parse_args(argv))
-    do_train = given.pop("train")
+    do_train, do_merge, sweep = (given.pop(name) for name in ("train", "merge", "sweep"))
     given.pop("rerank")
     if "docs" in given:
         given["docs"] = tuple(given["docs"])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if do_train and not given.get("model"):
+        if given.get("method", "groupwise") != "groupwise":
+            raise ValueError("--method needs --model: the demo's rows are groupwise")
         train_demo(given)
     elif do_train:
         cfg = Config(**given)
@@ -3526,21 +3930,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
         if cfg.ablation:
             raise ValueError("--ablation is for the embedded demo; leave --model out")
-        prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else Prompt()
+        if cfg.method != "groupwise" and (cfg.stage != "sft" or cfg.eval_data):
+            raise ValueError(f"--method {cfg.method} can be trained by --stage sft, without"
+                             " --eval-data: GRPO and the evaluation read groupwise answers")
+        prompt = METHODS[cfg.method].prompt
+        prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else prompt
         train(cfg, prompt, claim_output(cfg, Path(cfg.model).name))
+    elif do_merge:
+        merge_shards(Config(**given))
     else:
         cfg, prompt = rerank_settings(given)
         if not cfg.model:
             raise ValueError("--rerank needs --model:"
                              " a folder, a hub name, or a server's model name")
-        if cfg.query or cfg.docs:
+        if (cfg.query or cfg.docs) and not sweep:
             if not (cfg.query and cfg.docs):
                 raise ValueError("--query and --docs go together")
             rerank_files(cfg, prompt)
-        elif cfg.data and cfg.run:
-            rerank_collection(cfg, prompt)
-        else:
+        elif not (cfg.data and cfg.run):
             raise ValueError("--rerank needs --data and --run, or --query and --docs")
+        elif sweep:
+            sweep_collection(given, sweep)
+        else:
+            rerank_collection(cfg, prompt)
 
 
 if __name__ == "__main__":
