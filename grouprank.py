@@ -2343,6 +2343,7 @@ def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimize
                    [(batch[b].prompt, [batch[b].response]) for b, _ in chunk]) for chunk in plan]
 
     def run_pass(part: Pass) -> dict:
+        """Forward and backward of one pass."""
         with job.machine.autocast():
             logp, entropies = completion_logprobs(
                 policy, part.blocks, job.machine.device, shared=False)
@@ -2458,6 +2459,7 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
     job.model.train()
 
     def run_pass(part: Pass) -> dict:
+        """Forward and backward of one pass; keeps what later updates need."""
         if reference is not None and part.ref_logp is None:
             part.ref_logp = reference.logprobs(part.blocks)
         with job.machine.autocast():

@@ -336,6 +336,7 @@ class Teacher:
         progress.update(len(found) - found.count(None))
 
         def call(places: Sequence[int]) -> None:
+            """Ask a few chats, and keep each answer at once."""
             places = [i for i in places if self.ledger.may_call()]
             asked = [chats[i] for i in places]
             if isinstance(self.backend, Endpoint):
@@ -438,6 +439,7 @@ def load_teachers(cfg: Config, cache: AnswerCache, ledger: Ledger) -> dict[str, 
     """The teacher of each step; steps that name the same model share it."""
     @functools.cache
     def load(spec: str) -> Teacher:
+        """The teacher of NAME or NAME@URL, loaded once."""
         name, at, url = spec.partition("@http")
         if cfg.dry_run:
             return Teacher(name, functools.partial(rehearse, cfg=cfg), cache, ledger, cfg)
