@@ -2837,7 +2837,12 @@ class Completion:
 
 
 class LocalModel:
-    """Answers chats with a transformers model on this machine."""
+    """Answers chats with a transformers model on this machine.
+
+    The groups of a query share its words and the instructions, which are prefilled anew for each:
+    with 20 documents of 300 tokens they are 5 % of a prompt, and running them once as the start of
+    packed rows made prefill slower on a CPU (0.6x), whose masked attention cannot skip blocks.
+    """
 
     def __init__(self, model, tokenizer, machine: Machine, cfg: Config):
         self.model, self.tokenizer, self.machine = model.eval(), tokenizer, machine
