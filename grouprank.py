@@ -1380,7 +1380,8 @@ class DecodingCache:
         longest = int(lengths.max())
         device = kept[0][0][0].device
         self.prompt_tokens = lengths.to(device)
-        self.hidden = (torch.arange(longest) >= lengths[:, None]).to(device)  # (B, P) padding
+        padding = (torch.arange(longest) >= lengths[:, None]).to(device)  # (B, P)
+        self.padding = padding if padding.any() else None
         self.n_answers, self.length = n_answers, 0
         self.prompts = []  # per layer: keys and values (B, H_kv, P, D)
         for layer in kept:
@@ -1409,7 +1410,8 @@ class DecodingCache:
             return tensor.reshape(shape).transpose(1, 2).reshape(n_rows, n_kv, ratio, -1)
 
         to_prompt = (by_prompt(rows) @ prompt_keys.transpose(2, 3)).float() * scaling
-        to_prompt.masked_fill_(self.hidden[:, None, None], -math.inf)
+        if self.padding is not None:
+            to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
         to_answer = (rows @ keys.transpose(2, 3)).float() * scaling
         logits = torch.cat([to_prompt, by_prompt(to_answer)], dim=-1)
         weights = logits.softmax(-1).to(query.dtype)
@@ -1434,7 +1436,8 @@ class DecodingCache:
         """Go on with these prompts, and with these rows as their answers."""
         if len(prompts) < len(self.prompt_tokens):
             self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
-            self.prompt_tokens, self.hidden = self.prompt_tokens[prompts], self.hidden[prompts]
+            self.prompt_tokens = self.prompt_tokens[prompts]
+            self.padding = None if self.padding is None else self.padding[prompts]
         self.answers = [pair and (pair[0][rows], pair[1][rows]) for pair in self.answers]
         self.n_answers = n_answers
 
