@@ -25,6 +25,7 @@ Choices; each is trec_eval's convention unless it says otherwise:
 """
 
 import argparse
+import array
 import collections
 import contextlib
 import dataclasses
@@ -219,6 +220,15 @@ RUN_LINE = [  # a line of more than six words: the id takes as many of them as i
 ]
 
 
+def is_utf8(line):
+    """Whether bytes are text in UTF-8."""
+    try:
+        line.decode("utf-8")
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
 @contextlib.contextmanager
 def numbered_lines(path):
     """Yield the lines of a UTF-8 text file, plain or gzip; ValueErrors name it and the line."""
@@ -229,7 +239,11 @@ def numbered_lines(path):
         try:
             yield map(operator.itemgetter(0), zip(file, counter, strict=False))
         except (ValueError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}, line {next(counter)}: {error}") from None
+            number = next(counter)
+            if isinstance(error, UnicodeDecodeError):  # files are decoded some lines ahead
+                with opener(path, "rb") as raw:
+                    number = next(n for n, line in enumerate(raw, 1) if not is_utf8(line))
+            raise ValueError(f"{path}, line {number}: {error}") from None
 
 
 def split_fields(line):
@@ -406,7 +420,7 @@ def read_jsonl(path):
             yield row
 
 
-def _read_texts(path):
+def read_texts(path):
     """{_id: text} of corpus.jsonl or queries.jsonl, the title in front of the text."""
     texts = {}
     for number, row in enumerate(read_jsonl(path), start=1):
@@ -449,7 +463,7 @@ def read_collection(folder, queries=None, split="test"):
             raise ValueError(f"{needed} is missing; {folder} has {files or 'none'}")
     qrels = read_qrels(judged / f"{split}.tsv") if judged.is_dir() else {}
     exclusions = read_excluded(excluded) if excluded.exists() else {}
-    return Collection(_read_texts(corpus), _read_texts(texts), qrels, exclusions)
+    return Collection(read_texts(corpus), read_texts(texts), qrels, exclusions)
 
 
 def write_lines(path, rows):
@@ -505,7 +519,7 @@ class BM25:
         self.vocabulary = collections.defaultdict()
         self.vocabulary.default_factory = self.vocabulary.__len__  # a new word gets the next number
         n_stop = len([self.vocabulary[word] for word in STOP_WORDS.split()])
-        words, counts = [], []
+        words, counts = array.array("i"), []  # four bytes a word, not a pointer
         for text in texts:
             found = WORD.findall(text.lower())
             words.extend(map(self.vocabulary.__getitem__, found))
@@ -513,7 +527,7 @@ class BM25:
         if not counts:
             raise ValueError("BM25 needs at least one document")
         self.vocabulary.default_factory, self.n_docs = None, len(counts)
-        words = np.array(words, dtype=np.int64)  # (T,)
+        words = np.frombuffer(words, dtype=np.int32).astype(np.int64)  # (T,)
         docs = np.repeat(np.arange(self.n_docs), counts)[words >= n_stop]
         lengths = np.bincount(docs, minlength=self.n_docs)
         pairs = np.sort(words[words >= n_stop] * self.n_docs + docs)  # equal ones side by side

@@ -58,6 +58,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -393,8 +394,10 @@ def defuse(text: str) -> str:
 
 # Strings that end or open a turn for the Qwen, Llama and Mistral families.
 CHAT_TOKENS = re.compile(
-    r"<\|[a-zA-Z0-9_]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>"
-    r"|\[/?(?:AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|SYSTEM_PROMPT|TOOL_CONTENT|IMG)\]")
+    r"<\|[a-zA-Z0-9_]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<unk>|<pad>|<</?SYS>>"
+    r"|</?tool_(?:call|response)>|<SPECIAL_\d{1,4}>|\[control_\d{1,4}\]"
+    r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|SYSTEM_PROMPT|ARGS|CALL_ID"
+    r"|THINK|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|PREFIX|MIDDLE|SUFFIX)\]")
 
 
 def break_chat_tokens(text: str, added: Sequence[str] = ()) -> str:
@@ -948,16 +951,22 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
     Trainable weights are float32: at lr 1e-6 an Adam step is smaller than half the spacing of
     bfloat16 for 98 % of the weights, which would not move. Frozen ones are in the autocast type.
     """
+    from safetensors import SafetensorError  # comes with transformers
+
     dtype = torch.float32 if trainable else machine.dtype
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         stored_dtype = getattr(config, "dtype", None) or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code,
+            output_loading_info=True)
+    except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"--model {path}: no model could be loaded ({first_line(error)});"
             " give a folder that save_pretrained wrote, or a name on the hub") from None
+    if lacking := sorted(loaded["missing_keys"]):
+        raise ValueError(f"--model {path}: the checkpoint has no {lacking[0]}"
+                         f" ({len(lacking)} weights lack): they would be random")
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
     model = model.to(machine.device).eval()
     check_head(model)
@@ -995,6 +1004,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out); the frozen layer alone while `enabled` is off."""
         y = self.base(x)
         if not self.enabled:
             return y
@@ -1370,7 +1380,8 @@ class DecodingCache:
         longest = int(lengths.max())
         device = kept[0][0][0].device
         self.prompt_tokens = lengths.to(device)
-        self.hidden = (torch.arange(longest) >= lengths[:, None]).to(device)  # (B, P) padding
+        padding = (torch.arange(longest) >= lengths[:, None]).to(device)  # (B, P)
+        self.padding = padding if padding.any() else None
         self.n_answers, self.length = n_answers, 0
         self.prompts = []  # per layer: keys and values (B, H_kv, P, D)
         for layer in kept:
@@ -1399,7 +1410,8 @@ class DecodingCache:
             return tensor.reshape(shape).transpose(1, 2).reshape(n_rows, n_kv, ratio, -1)
 
         to_prompt = (by_prompt(rows) @ prompt_keys.transpose(2, 3)).float() * scaling
-        to_prompt.masked_fill_(self.hidden[:, None, None], -math.inf)
+        if self.padding is not None:
+            to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
         to_answer = (rows @ keys.transpose(2, 3)).float() * scaling
         logits = torch.cat([to_prompt, by_prompt(to_answer)], dim=-1)
         weights = logits.softmax(-1).to(query.dtype)
@@ -1424,7 +1436,8 @@ class DecodingCache:
         """Go on with these prompts, and with these rows as their answers."""
         if len(prompts) < len(self.prompt_tokens):
             self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
-            self.prompt_tokens, self.hidden = self.prompt_tokens[prompts], self.hidden[prompts]
+            self.prompt_tokens = self.prompt_tokens[prompts]
+            self.padding = None if self.padding is None else self.padding[prompts]
         self.answers = [pair and (pair[0][rows], pair[1][rows]) for pair in self.answers]
         self.n_answers = n_answers
 
@@ -1690,6 +1703,8 @@ def check_row(row, place: str) -> Example:
         scores = tuple(float(s) for s in scores)
     if response is not None and (not isinstance(response, str) or not response.strip()):
         raise ValueError(f'{place} has an empty "response"; leave the field out instead')
+    if any("\ud800" <= c <= "\udfff" for c in row["id"] + (response or "")):
+        raise ValueError(f"{place} has half a surrogate pair in its id or response")
     texts = tuple(doc["text"] for doc in docs)
     return Example(row["id"], row["query"], texts, scores, response)
 
@@ -1714,9 +1729,12 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
         except ValueError as error:
             raise ValueError(f"row {row.id!r}: {error}") from None
         counts["shortened"] += n_cut > 0
+        counts["cut"] += n_cut
         response = None
         if row.response is not None:
-            response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
+            # A teacher may quote a document: the one special token is the end that we put there.
+            response = tokenizer(row.response, add_special_tokens=False,
+                                 split_special_tokens=True)["input_ids"]
             response = [*response, tokenizer.eos_token_id]
             if len(response) > max_new_tokens:
                 counts["response too long"] += 1
@@ -1798,21 +1816,62 @@ def provenance() -> dict:
 
 
 def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
-    """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go."""
-    with evaluate.open_atomic(folder / f"{name}.pt", "wb") as file:
-        torch.save(state, file)
-    for old in sorted(folder.glob(f"{name.split('-')[0]}-*.pt"))[:-keep]:
+    """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go.
+
+    No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
+    that are functions of (seed, step, row id, rollout number), and dropout is off.
+    """
+    path = folder / f"{name}.pt"
+    try:
+        with evaluate.open_atomic(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path}: {first_line(error.__context__ or error)}") from error
+    written = sorted(folder.glob(f"{name.split('-')[0]}-*.pt"))
+    # What comes after this one by name was unreadable: it must not count as kept.
+    for old in written[: written.index(path) + 1][:-keep]:
         old.unlink()
 
 
-def last_state(folder: Path, stage: str) -> dict | None:
-    """The newest readable state of a stage; an unreadable one is skipped with a note."""
-    for path in sorted(folder.glob(f"{stage}-*.pt"), reverse=True):
+def last_state(folder: Path, stage: str, run: str = "") -> dict | None:
+    """The newest readable state of a stage; an unreadable one is skipped with a note.
+
+    None when there is none at all. A state of another run, or states of which none can be read,
+    are errors: starting anew would throw away what somebody may still want.
+    """
+    found = sorted(folder.glob(f"{stage}-*.pt"), reverse=True)
+    for path in found:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             print(f"note: {path} is unreadable ({first_line(error)}); trying the one before it")
+            continue
+        if state.get("run", "") != run:
+            raise ValueError(f"{path} is a checkpoint of another run: its settings, prompt or data"
+                             " differ from those of run.json; move it away")
+        return state
+    if found:
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read; delete"
+                         f" {stage}-*.pt there to begin the stage again")
     return None
+
+
+def clear_leftovers(out: Path) -> None:
+    """Remove what a killed process left under temporary names.
+
+    A folder that was killed between the two renames of new_folder gets its name back.
+    """
+    for old in out.glob(".*.old"):
+        folder = old.with_name(old.name[1:].rpartition(".")[0].rpartition(".")[0])
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+    for path in (*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp"), *out.glob("final.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 class Log:
@@ -1826,7 +1885,9 @@ class Log:
         ("completion_tokens", "len", "{:.0f}"), ("truncated", "cut", "{:.0%}"),
         ("zero_spread", "flat", "{:.0%}"), ("clip_share", "clip", "{:.1%}"),
         ("grad_norm", "|g|", "{:.2f}"), ("lr", "lr", "{:.1e}"), ("tokens_per_s", "tok/s", "{:.0f}"),
+        ("skipped", "SKIPPED", "{:.0f}"), ("dropped", "dropped", "{:.0f}"),
     )
+    HIDDEN_AT_ZERO = ("reward/rbo", "skipped", "dropped")
 
     def __init__(self, out: Path):
         self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
@@ -1837,7 +1898,7 @@ class Log:
             if not path.exists():
                 continue
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
                     row = json.loads(line)
                 except ValueError:
@@ -1856,7 +1917,7 @@ class Log:
             file.write(json.dumps(row) + "\n")
         shown = [f"{label} {form.format(numbers[key])}"
                  for key, label, form in self.SHOWN
-                 if key in numbers and not (key == "reward/rbo" and numbers[key] == 0)]
+                 if key in numbers and (numbers[key] or key not in self.HIDDEN_AT_ZERO)]
         shown += [f"{k} {v:.4f}" for k, v in numbers.items() if k.startswith("eval/")]
         left = f" | left {clock(eta_s)}" if eta_s else ""
         tqdm.write(f"{stage} {step}/{n_steps} | {' '.join(shown)}{left}")
@@ -1895,23 +1956,60 @@ class Job:
     checked: bool = False  # whether this process has compared packed and separate rows
     best: float = -math.inf  # best held-out NDCG@10 so far
     seconds: dict[str, float] = field(default_factory=dict)
+    record: dict = field(default_factory=dict)  # what run.json says about this run
+    stop: int = 0  # the signal that asked for a stop, 0 for none
+    short_of_memory: bool = False  # whether that was said already
+    skipped: list[list[Pass]] = field(default_factory=list)  # the latest steps without an update
 
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
         return end_token_ids(self.model, self.tokenizer)
 
-    def answer(self, items: list[Item], seeds, temperature: float = 1.0) -> list[list[list[int]]]:
+    def answer(self, items: list[Item], seeds, temperature: float = 1.0,
+               share: float = 1.0, again: bool = False) -> list[list[list[int]]]:
         """Decode answers to prompts, as many for each as it has seeds.
 
         Nothing of the model's generation_config applies: a top_p or a repetition penalty would
-        make the sampled distribution another one than the trained.
+        make the sampled distribution another one than the trained. Where memory runs out, the
+        prompts are split, with half the cache (`share`), then the answers of one prompt; a prompt
+        that fails `again` gets no answers. What is drawn does not depend on the split.
         """
         prompts = [item.prompt for item in items]
-        with self.machine.autocast():
-            return generate(self.model.eval(), prompts, seeds, temperature=temperature,
-                            max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
-                            cache_gib=cache_budget_gib(self.cfg, self.machine), shared=self.shared)
+        cache_gib = share * cache_budget_gib(self.cfg, self.machine)
+        try:
+            with self.machine.autocast():
+                return generate(self.model.eval(), prompts, seeds, temperature=temperature,
+                                max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
+                                cache_gib=cache_gib, shared=self.shared)
+        except torch.OutOfMemoryError:
+            pass  # go on outside, where the tensors of the failed call are gone
+        self.free_memory()
+        half = (len(items) + 1) // 2
+        if len(items) > 1:
+            return [answers for part in (slice(half), slice(half, None))
+                    for answers in self.answer(items[part], seeds[part], temperature, share / 2)]
+        if again:
+            print(f"note: row {items[0].id!r} is left out of this step: out of memory", flush=True)
+            return [[]]
+        draws, half = seeds[0], (len(seeds[0]) + 1) // 2
+        parts = [self.answer(items, [some], temperature, share / 2, again=True)[0]
+                 for some in (draws[:half], draws[half:]) if some]
+        return [[ids for part in parts for ids in part] if all(parts) else []]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """An answer as the reward reads it: a special token inside it must not go unseen."""
+        ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
+        return decode_text(self.tokenizer, ids, special=True)
+
+    def free_memory(self) -> None:
+        """After a failed pass: give memory back, and say once that it ran out."""
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self.short_of_memory:
+            print("note: out of memory; such passes are halved and tried again, which costs time:"
+                  " lower --max-tokens-per-pass or --cache-gib", flush=True)
+        self.short_of_memory = True
 
 
 def cache_budget_gib(cfg: Config, machine: Machine) -> float:
@@ -1962,11 +2060,15 @@ class Optimizer:
             group["lr"] = lr
         self.scaler.unscale_(self.adam)
         norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.grad_clip).item()
-        if math.isfinite(norm) or self.scaler.is_enabled():
+        if math.isfinite(norm):
             self.scaler.step(self.adam)
         self.scaler.update()
-        self.adam.zero_grad(set_to_none=True)
+        self.clear()
         return norm, math.isfinite(norm)
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict:
         """Weights, moments and loss scale, for a checkpoint."""
@@ -1977,12 +2079,120 @@ class Optimizer:
     @torch.no_grad()
     def load(self, state: dict) -> None:
         """Restore what `state` wrote."""
-        if state["weights"].keys() != self.weights.keys():
+        shapes = [{name: tensor.shape for name, tensor in weights.items()}
+                  for weights in (state["weights"], self.weights)]
+        if shapes[0] != shapes[1]:
             raise ValueError("the checkpoint is of another model or another --lora-rank")
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
         self.adam.load_state_dict(state["adam"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+@dataclass
+class Pass:
+    """One forward and backward pass of a step, with what later updates of the batch reuse."""
+    ids: list[str]  # row id of each block
+    blocks: list[Block]
+    advantages: Tensor | None = None  # (N,), as all tensors here: one number a completion token
+    weights: Tensor | None = None
+    ref_logp: Tensor | None = None
+    old_logp: Tensor | None = None  # set by the first update
+    again: bool = False  # whether memory ran out at this prompt alone
+    loss: float = 0.0
+
+    def select(self, chosen: Sequence[int]) -> Pass:
+        """The pass with some of its blocks."""
+        ends = np.cumsum([sum(map(len, answers)) for _, answers in self.blocks])
+        tokens = [t for i in chosen for t in range(ends[i - 1] if i else 0, ends[i])]
+        tensors = {name: value[tokens] for name, value in vars(self).items()
+                   if isinstance(value, Tensor)}
+        return dataclasses.replace(self, ids=[self.ids[i] for i in chosen],
+                                   blocks=[self.blocks[i] for i in chosen], **tensors)
+
+    def halves(self) -> list[Pass]:
+        """The pass as two; that of one prompt is split between its answers, if it has several."""
+        n = len(self.blocks)
+        if n > 1:
+            return [self.select(range(n // 2)), self.select(range(n // 2, n))]
+        ((prompt, answers),) = self.blocks
+        each = dataclasses.replace(self, ids=self.ids * len(answers), again=True,
+                                   blocks=[(prompt, [ids]) for ids in answers])
+        cut = len(answers) // 2
+        halves = [each.select(part) for part in (range(cut), range(cut, len(answers))) if part]
+        return [dataclasses.replace(half, ids=self.ids, blocks=[
+            (prompt, [ids for _, (ids,) in half.blocks])]) for half in halves]
+
+
+def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
+               run_pass: Callable[[Pass], dict]) -> Counter:
+    """All forward and backward passes of a step; returns the sums of what run_pass returns.
+
+    Where memory runs out, that pass is halved, in place; a prompt that fails twice in a row is
+    dropped and counted. A backward pass that failed midway has added a part of its gradients, so
+    the step then starts again without any. The weights of the tokens stay what they were: the
+    split cannot change the gradient, and a dropped prompt adds none.
+    """
+    n_dropped = 0
+    while True:
+        sums = Counter(dropped=n_dropped)
+        for number in range(len(passes)):
+            try:
+                results = run_pass(passes[number])
+            except torch.OutOfMemoryError:
+                break  # and go on outside, where the tensors of the failed pass are gone
+            passes[number].loss = results["loss"]
+            sums.update(results)
+        else:
+            return sums
+        optimizer.clear()
+        job.free_memory()
+        part = passes[number]
+        if part.again:
+            n_dropped += 1
+            print(f"note: row {part.ids[0]!r} is left out of this step: out of memory", flush=True)
+            kept = [p.select([i for i, id in enumerate(p.ids) if id != part.ids[0]])
+                    for p in passes]
+            passes[:] = [p for p in kept if p.blocks]
+        else:
+            passes[number : number + 1] = part.halves()
+
+
+def finish_step(job: Job, passes: list[Pass], sums: Counter, optimizer: Optimizer, lr) -> dict:
+    """Move the weights; not by a loss or gradient that is not finite, nor when nothing is left."""
+    grad_norm, moved = math.nan, False
+    if passes and math.isfinite(sums["loss"]):
+        grad_norm, moved = optimizer.step(lr)
+    else:
+        optimizer.clear()
+    if moved:
+        job.skipped.clear()
+    else:
+        job.skipped.append(passes)
+    return {"loss": sums["loss"], "grad_norm": grad_norm, "skipped": int(not moved),
+            "dropped": sums["dropped"], "lr": lr}
+
+
+MOST_SKIPPED = 10  # optimizer steps in a row without an update before a run stops
+
+
+def refuse_standstill(job: Job, stage: str, step: int) -> None:
+    """Stop a run whose weights stand still, with the rows that did it in OUT/nonfinite.jsonl."""
+    if len(job.skipped) < MOST_SKIPPED:
+        return
+    path = job.out / "nonfinite.jsonl"
+    decode = functools.partial(job.tokenizer.decode, skip_special_tokens=False)
+    with evaluate.open_atomic(path) as file:
+        for ago, passes in enumerate(reversed(job.skipped)):
+            guilty = [part for part in passes if not math.isfinite(part.loss)]
+            for part in guilty or passes:  # none: only the gradient overflowed
+                for id, (prompt, answers) in zip(part.ids, part.blocks, strict=True):
+                    row = {"updates_ago": ago, "id": id, "loss": str(part.loss),
+                           "prompt": decode(prompt), "answers": [decode(ids) for ids in answers]}
+                    file.write(json.dumps(row) + "\n")
+    raise ValueError(f"{stage} step {step}: {len(job.skipped)} optimizer steps in a row had a loss"
+                     " or gradient that was not finite, or no memory for any prompt, and moved"
+                     f" nothing; their rows are in {path}; the checkpoints are whole")
 
 
 def set_up_training(model, cfg: Config, machine: Machine) -> None:
@@ -2009,9 +2219,35 @@ def recompute_activations(model) -> None:
     (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def decode_text(tokenizer, ids: Sequence[int]) -> str:
-    """The text of an answer without its end token."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode_text(tokenizer, ids: Sequence[int], special: bool = False) -> str:
+    """The text of an answer, without special tokens or with them spelt out."""
+    return tokenizer.decode(ids, skip_special_tokens=not special,
+                            clean_up_tokenization_spaces=False)
+
+
+@contextlib.contextmanager
+def stop_on_signals(job: Job) -> Iterator[None]:
+    """SIGINT and SIGTERM ask for an end after the step; a second SIGINT ends at once."""
+
+    def ask(number, _frame):
+        if job.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        job.stop = number
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def train_loop(job: Job, stage: str, n_steps: int,
@@ -2021,27 +2257,37 @@ def train_loop(job: Job, stage: str, n_steps: int,
     optimizer = Optimizer(job.model, job.machine, grad_clip=cfg.grad_clip,
                           weight_decay=cfg.weight_decay)
     first = 0
-    state = last_state(states, stage) if cfg.resume else None
+    state = last_state(states, stage, run_hash(job.record)) if cfg.resume else None
     if state is not None:
         optimizer.load(state)
         first, job.best = state["step"], state["best"]
+        # Half precision could decide the other way this time, and the run would not be the same.
+        job.shared, job.checked = state["shared"], state["checked"]
+        share_prompts(job.model, job.shared)
         job.seconds |= state["seconds"]
         print(f"{stage}: goes on after step {first}")
     job.log.rewind(stage, first)
     spent = job.seconds.get(stage, 0.0)
     bar = tqdm(range(first, n_steps), desc=stage, disable=not sys.stderr.isatty(), initial=first)
     for step in bar:
+        if job.stop:
+            print(f"stopped before {stage} step {step + 1}; to go on, repeat the command with"
+                  f" --resume --out {job.out}", flush=True)
+            raise SystemExit(128 + job.stop)
         started = time.perf_counter()
         numbers = take_step(optimizer, step)
         spent += time.perf_counter() - started
         eta_s = spent / (step + 1) * (n_steps - step - 1)
         job.log.write(stage, step + 1, n_steps, numbers, eta_s)
+        refuse_standstill(job, stage, step + 1)
         last = step + 1 == n_steps
         if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             keep_best(job, stage, step + 1, n_steps)
-        if cfg.save_every and (last or (step + 1) % cfg.save_every == 0):
-            seconds = job.seconds | {stage: spent}
-            state = {"step": step + 1, "best": job.best, "seconds": seconds, **optimizer.state()}
+        due = cfg.save_every and (last or (step + 1) % cfg.save_every == 0)
+        if due or job.stop:
+            state = {"run": run_hash(job.record), "step": step + 1, "best": job.best,
+                     "shared": job.shared, "checked": job.checked,
+                     "seconds": job.seconds | {stage: spent}, **optimizer.state()}
             save_state(states, f"{stage}-{step + 1:07d}", state, cfg.keep)
     job.seconds[stage] = spent
     job.model.eval()
@@ -2055,8 +2301,9 @@ def keep_best(job: Job, stage: str, step: int, n_steps: int) -> None:
     if not job.eval_items:
         return
     answers = job.answer(job.eval_items, [[(0,)]] * len(job.eval_items), temperature=0.0)
-    rewards = [score_completion(decode_text(job.tokenizer, ids), item.gold)
-               for (ids,), item in zip(answers, job.eval_items, strict=True)]
+    # A row without an answer, as memory ran out, counts as one in a wrong format too.
+    rewards = [score_completion(job.text(ids[0]) if ids else "", item.gold)
+               for ids, item in zip(answers, job.eval_items, strict=True)]
     numbers = {"eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
                "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards]))}
     job.log.write(stage, step, n_steps, numbers)
@@ -2075,8 +2322,8 @@ def describe_model(job: Job, stage: str, step: int, numbers: dict | None = None)
     return {"stage": stage, "step": step, "metrics": numbers or {},
             "prompt": dataclasses.asdict(job.prompt), "prompt_hash": job.prompt.hash,
             **{name: getattr(job.cfg, name) for name in LIMITS},
-            "config": dataclasses.asdict(job.cfg), "command": sys.argv[1:],
-            "versions": provenance()}
+            "config": dataclasses.asdict(job.cfg), "data": job.record.get("data", {}),
+            "command": sys.argv[1:], "versions": provenance()}
 
 
 # --- SFT cold start (Eq. 3) -----------------------------------------------------------------------
@@ -2093,22 +2340,26 @@ def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimize
     batch = [items[i] for i in chosen]
     n_tokens = sum(len(item.response) for item in batch)
     job.model.train()
-    loss = entropy = 0.0
     prompts, responses = [len(i.prompt) for i in batch], [[len(i.response)] for i in batch]
-    for chunk in plan_passes(prompts, responses, cfg.max_tokens_per_pass, shared=False):
-        blocks = [(batch[b].prompt, [batch[b].response]) for b, _ in chunk]
+    plan = plan_passes(prompts, responses, cfg.max_tokens_per_pass, shared=False)
+    passes = [Pass([batch[b].id for b, _ in chunk],
+                   [(batch[b].prompt, [batch[b].response]) for b, _ in chunk]) for chunk in plan]
+
+    def run_pass(part: Pass) -> dict:
+        """Forward and backward of one pass."""
         with job.machine.autocast():
-            logp, entropies = completion_logprobs(policy, blocks, job.machine.device, shared=False)
-        pass_loss = -logp.sum() / n_tokens
-        optimizer.backward(pass_loss)
-        loss += pass_loss.item()
-        entropy += entropies.sum().item() / n_tokens
+            logp, entropies = completion_logprobs(
+                policy, part.blocks, job.machine.device, shared=False)
+        loss = -logp.sum() / n_tokens
+        optimizer.backward(loss)
+        return {"loss": loss.item(), "entropy": entropies.sum().item() / n_tokens}
+
+    sums = run_passes(job, passes, optimizer, run_pass)
     lr = learning_rate(step, n_steps, cfg.sft_lr, cfg.sft_warmup, cfg.sft_schedule)
-    grad_norm, moved = optimizer.step(lr)
+    numbers = finish_step(job, passes, sums, optimizer, lr)
     seconds = time.perf_counter() - started
-    return {"loss": loss, "entropy": entropy, "completion_tokens": n_tokens / len(batch),
-            "grad_norm": grad_norm, "skipped": int(not moved), "lr": lr, "seconds": seconds,
-            "tokens_per_s": (sum(prompts) + n_tokens) / seconds}
+    return numbers | {"entropy": sums["entropy"], "completion_tokens": n_tokens / len(batch),
+                      "seconds": seconds, "tokens_per_s": (sum(prompts) + n_tokens) / seconds}
 
 
 def run_sft(job: Job) -> None:
@@ -2132,6 +2383,7 @@ class RolloutBatch:
     texts: list[list[str]]  # (B, G)
     rewards: list[list[Reward]]  # (B, G)
     truncated: np.ndarray  # (B, G) answers that were cut at max_new_tokens
+    dropped: int = 0  # prompts that there was no memory for; they are not in the lists
 
 
 def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
@@ -2143,14 +2395,17 @@ def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
         numbers = range(first, first + cfg.rollouts_per_prompt)
         seeds.append([(cfg.seed, step, item.id, number) for number in numbers])
         seen[item.id] += 1
-    completions = job.answer(items, seeds)
-    texts = [[decode_text(job.tokenizer, ids) for ids in row] for row in completions]
+    answers = job.answer(items, seeds)
+    items = [item for item, row in zip(items, answers, strict=True) if row]
+    completions = [row for row in answers if row]
+    texts = [[job.text(ids) for ids in row] for row in completions]
     truncated = np.array([[ids[-1] not in ends for ids in row] for row in completions])
     reward = functools.partial(score_completion, relevance_level=cfg.relevance_level,
                                ndcg_weight=cfg.ndcg_weight, recall_weight=cfg.recall_weight,
                                align_weight=cfg.align_weight, rbo_weight=cfg.rbo_weight)
     rewards = [[reward(t, i.gold) for t in row] for row, i in zip(texts, items, strict=True)]
-    return RolloutBatch(items, completions, texts, rewards, truncated)
+    n_dropped = len(answers) - len(items)
+    return RolloutBatch(items, completions, texts, rewards, truncated, n_dropped)
 
 
 def rollout_numbers(batch: RolloutBatch) -> dict:
@@ -2183,16 +2438,6 @@ class Reference:
             return completion_logprobs(self.policy, blocks, job.machine.device, job.shared)[0]
 
 
-@dataclass
-class Pass:
-    """One forward and backward pass of a step, with what later updates of the batch reuse."""
-    blocks: list[Block]
-    advantages: Tensor  # (N,)
-    weights: Tensor  # (N,)
-    ref_logp: Tensor | None = None
-    old_logp: Tensor | None = None  # set by the first update
-
-
 def build_passes(batch: RolloutBatch, advantages: np.ndarray, cfg: Config, shared: bool, device):
     """Split a rollout batch into passes; every token gets its advantage and its weight (Eq. 7)."""
     lengths = [[len(c) for c in row] for row in batch.completions]
@@ -2206,39 +2451,38 @@ def build_passes(batch: RolloutBatch, advantages: np.ndarray, cfg: Config, share
         per_token = np.repeat(per_sequence, counts)
         weights = np.repeat([1 / (n_sequences * n) for n in counts], counts)
         tensors = torch.tensor(np.stack([per_token, weights]), dtype=torch.float32, device=device)
-        passes.append(Pass(blocks, *tensors))
+        passes.append(Pass([batch.items[b].id for b, _ in chunk], blocks, *tensors))
     return passes
 
 
 def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optimizer, lr) -> dict:
     """One optimizer step of Eq. 7 over all passes of a rollout batch."""
     cfg, device = job.cfg, job.machine.device
+    first = all(part.old_logp is None for part in passes)  # asked now: a pass may run again
     job.model.train()
-    sums = Counter()
-    for part in passes:
+
+    def run_pass(part: Pass) -> dict:
+        """Forward and backward of one pass; keeps what later updates need."""
         if reference is not None and part.ref_logp is None:
             part.ref_logp = reference.logprobs(part.blocks)
         with job.machine.autocast():
             logp, entropy = completion_logprobs(policy, part.blocks, device, job.shared)
-        # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
-        old_logp = logp.detach() if part.old_logp is None else part.old_logp
-        loss = grpo_loss(logp, old_logp, part.ref_logp, part.advantages, part.weights,
+        if first:
+            # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
+            part.old_logp = logp.detach()
+        loss = grpo_loss(logp, part.old_logp, part.ref_logp, part.advantages, part.weights,
                          clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef)
         optimizer.backward(loss)
-        part.old_logp = old_logp
         with torch.no_grad():
-            sums["loss"] += loss.item()
-            sums["entropy"] += entropy.sum().item()
-            sums["tokens"] += len(logp)
-            acts = clip_acts(logp, old_logp, part.advantages, cfg.clip_eps)
-            sums["clipped"] += acts.sum().item()
-            if part.ref_logp is not None:
-                sums["kl"] += k3_divergence(logp, part.ref_logp).sum().item()
-    grad_norm, moved = optimizer.step(lr)
-    n = sums["tokens"]
-    return {"loss": sums["loss"], "kl": sums["kl"] / n, "entropy": sums["entropy"] / n,
-            "clip_share": sums["clipped"] / n, "grad_norm": grad_norm, "skipped": int(not moved),
-            "lr": lr}
+            acts = clip_acts(logp, part.old_logp, part.advantages, cfg.clip_eps)
+            kl = 0.0 if part.ref_logp is None else k3_divergence(logp, part.ref_logp).sum().item()
+            return {"loss": loss.item(), "entropy": entropy.sum().item(), "tokens": len(logp),
+                    "clipped": acts.sum().item(), "kl": kl}
+
+    sums = run_passes(job, passes, optimizer, run_pass)
+    n = max(sums["tokens"], 1)
+    return finish_step(job, passes, sums, optimizer, lr) | {
+        "kl": sums["kl"] / n, "entropy": sums["entropy"] / n, "clip_share": sums["clipped"] / n}
 
 
 def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int) -> dict:
@@ -2247,6 +2491,8 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
     chosen = shuffled_batch(len(items), step, cfg.prompts_per_step, (cfg.seed, 2))
     batch = collect_rollouts(job, [items[i] for i in chosen], step)
     rollout_s = time.perf_counter() - started
+    if not batch.items:
+        return finish_step(job, [], Counter(dropped=batch.dropped), optimizer, 0.0)
     totals = [[r.total for r in row] for row in batch.rewards]
     advantages = relative_advantages(totals, cfg.advantage_eps)
     passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
@@ -2254,11 +2500,14 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
         check_shared_prompt(job, policy, passes)
         passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
     lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
+    n_dropped = batch.dropped
     for update in range(cfg.updates_per_batch):
         numbers = policy_update(job, policy, reference, passes, optimizer, lr)
+        n_dropped += numbers["dropped"]
         if step == 0 and update == 0 and reference is not None:
             tolerance = 1e-6 if job.machine.dtype == torch.float32 else 1e-2
-            assert numbers["kl"] <= tolerance, f"KL {numbers['kl']} before the first step"
+            # NaN is not our bug: such a step was skipped and counted.
+            assert not numbers["kl"] > tolerance, f"KL {numbers['kl']} before the first step"
     if step % 10 == 0:
         first_two = list(zip(batch.items, batch.texts, batch.rewards, strict=True))[:2]
         job.log.sample("grpo", step + 1, [
@@ -2267,7 +2516,8 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
     seconds = time.perf_counter() - started
     n_tokens = sum(len(i.prompt) for i in batch.items)
     n_tokens += sum(len(c) for row in batch.completions for c in row)
-    speed = {"tokens_per_s": n_tokens / seconds, "rollout_s": rollout_s, "seconds": seconds}
+    speed = {"dropped": n_dropped, "tokens_per_s": n_tokens / seconds, "rollout_s": rollout_s,
+             "seconds": seconds}
     return rollout_numbers(batch) | numbers | speed
 
 
@@ -2315,7 +2565,9 @@ def claim_output(cfg: Config, name: str) -> Path:
     is_run = (out / "run.json").is_file()  # a demo that was stopped early has its data only
     if cfg.resume and not is_run:
         raise ValueError(f"{out} holds no training run to continue (no run.json)")
-    if out.is_dir() and any(out.iterdir()) and not cfg.resume:
+    # A run that was killed while it wrote run.json has nothing to lose.
+    used = out.is_dir() and any(not path.match(".run.json.*.tmp") for path in out.iterdir())
+    if used and not cfg.resume:
         if not cfg.overwrite:
             raise ValueError(f"{out} exists: give another --out, --resume to continue it,"
                              " or --overwrite")
@@ -2336,8 +2588,18 @@ FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "e
                   "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "ablation"}
 
 
-def record_run(cfg: Config, prompt: Prompt, out: Path) -> None:
-    """Write run.json, or on --resume check that settings and data are those of the first start."""
+def run_hash(record: dict) -> str:
+    """Twelve hex digits of what decides a run's result; every checkpoint carries them."""
+    config = {k: v for k, v in record.get("config", {}).items() if k not in FREE_TO_CHANGE}
+    parts = [config, record.get("prompt_hash"), list(record.get("data", {}).values())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
+    """Write run.json, or on --resume check that settings and data are those of the first start.
+
+    Returns what run.json holds.
+    """
     data = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
             for name in (cfg.data, cfg.eval_data) if name}
     record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
@@ -2354,11 +2616,19 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> None:
             raise ValueError(f"the data have changed since {out} was started; start a new --out")
         if before["prompt_hash"] != prompt.hash:
             raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
-        return
+        versions = provenance()
+        changed = [f"{name} {old} -> {versions.get(name)}"
+                   for name, old in before["versions"].items() if old != versions.get(name)]
+        if changed:
+            print(f"note: the end may not be bit-identical; new since the start: {changed}")
+        clear_leftovers(out)
+        return before
     clear_output(cfg, out)
+    clear_leftovers(out)
     record["command"], record["versions"] = sys.argv[1:], provenance()
     with evaluate.open_atomic(path) as file:
         json.dump(record, file, indent=2)
+    return record
 
 
 def fit_context(model, cfg: Config) -> int:
@@ -2374,6 +2644,8 @@ def fit_context(model, cfg: Config) -> int:
 
 def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Job."""
+    from safetensors import SafetensorError
+
     started = time.perf_counter()
     rows = read_rows(cfg.data)
     eval_rows = read_rows(cfg.eval_data) if cfg.eval_data else []
@@ -2385,38 +2657,56 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
                             max_prompt_tokens=fit_context(model, cfg))
     items, counts = encode_rows(rows, encoder, prompt, cfg.max_new_tokens)
-    eval_items, _ = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
+    eval_items, eval_counts = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
+    counts["shortened held-out"] = eval_counts["shortened"]
     check_run(cfg, out, items, [row.id for row in eval_rows if row.scores is None])
-    record_run(cfg, prompt, out)
+    record = record_run(cfg, prompt, out)
     spare_threads(model)
     why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
     share_prompts(model, not why_not)
     if why_not:
         print(f"note: prompts are run once for each answer: {why_not}")
-    job = Job(cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not)
+    job = Job(cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not,
+              record=record)
     describe_job(job, encoder, counts)
-    if sft_done and (state := last_state(out / "checkpoints", "sft")):
+    try:
+        with stop_on_signals(job):
+            run_stages(job, sft_done)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
+                      " whole: make room, then repeat the command with --resume") from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory outside of a pass ({first_line(error)}); lower"
+                         " --max-tokens-per-pass or --cache-gib, use LoRA, or a larger device;"
+                         f" then repeat the command with --resume --out {out}") from error
+    job.seconds["train"] = time.perf_counter() - started
+    print(f"wrote the model to {out} in {clock(job.seconds['train'])}")
+    return job
+
+
+def run_stages(job: Job, sft_done: bool) -> None:
+    """SFT unless it is done, GRPO, and the final model, as --stage says."""
+    cfg, model, out = job.cfg, job.model, job.out
+    checkpoints = out / "checkpoints"
+    if sft_done and (state := last_state(checkpoints, "sft", run_hash(job.record))):
         job.best, job.seconds = state["best"], state["seconds"]
     if cfg.stage in ("sft", "both") and not sft_done:
-        set_up_training(model, cfg, machine)
+        set_up_training(model, cfg, job.machine)
         run_sft(job)
         # GRPO's reference is the SFT model: with LoRA, that is the merged one.
         merge_lora(model)
-        save_model(model, tokenizer, out / "sft", describe_model(job, "sft", 0))
+        save_model(model, job.tokenizer, out / "sft", describe_model(job, "sft", 0))
         # Go on from exactly what was saved, as a resumed run will.
         for weight in model.parameters():
             weight.data = weight.data.to(model.stored_dtype).to(weight.dtype)
     if cfg.stage in ("grpo", "both"):
-        set_up_training(model, cfg, machine)
+        set_up_training(model, cfg, job.machine)
         run_grpo(job)
         if cfg.lora_rank:
             base = str(out / "sft") if (out / "sft").exists() else cfg.model
             save_adapter(model, out / "adapter", base)
             merge_lora(model)
-    publish_model(model, tokenizer, out, describe_model(job, cfg.stage, 0))
-    job.seconds["train"] = time.perf_counter() - started
-    print(f"wrote the model to {out} in {clock(job.seconds['train'])}")
-    return job
+    publish_model(model, job.tokenizer, out, describe_model(job, cfg.stage, 0))
 
 
 def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_scores) -> None:
@@ -2448,9 +2738,9 @@ def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
           f"data: {cfg.data}: {len(job.items)} rows,"
           f" {sum(i.response is not None for i in job.items)} with a response,"
           f" {sum(i.gold is not None for i in job.items)} with scores;"
-          f" {len(job.eval_items)} held-out rows\n"
+          f" {len(job.eval_items)} held-out rows, {counts['shortened held-out']} shortened\n"
           f"prompts: {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
-          f" {counts['shortened']} with shortened documents,"
+          f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
           f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
           f"output: {job.out}\n\nthe first prompt:\n"
           f"{job.tokenizer.decode(job.items[0].prompt)[:2000]}\n", flush=True)
@@ -2493,13 +2783,13 @@ def plan_groups(n_docs: int, docs_per_group: int, rounds: int, stride: int,
     return plan
 
 
-def plan_windows(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
+def window_places(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
     """Places [start, end) of the windows that slide up a list, from its bottom to its top.
 
     1 + ceil((N - w) / s) windows for N > w, else one. As in rank_llm the last one is cut off at the
     top of the list, so it may be short.
 
-    >>> plan_windows(95, 40, 20)
+    >>> window_places(95, 40, 20)
     [(55, 95), (35, 75), (15, 55), (0, 35)]
     """
     n_moves = max(math.ceil((n_docs - window) / step), 0)
@@ -2550,7 +2840,12 @@ class Completion:
 
 
 class LocalModel:
-    """Answers chats with a transformers model on this machine."""
+    """Answers chats with a transformers model on this machine.
+
+    The groups of a query share its words and the instructions, which are prefilled anew for each:
+    with 20 documents of 300 tokens they are 5 % of a prompt, and running them once as the start of
+    packed rows made prefill slower on a CPU (0.6x), whose masked attention cannot skip blocks.
+    """
 
     def __init__(self, model, tokenizer, machine: Machine, cfg: Config):
         self.model, self.tokenizer, self.machine = model.eval(), tokenizer, machine
@@ -2863,7 +3158,7 @@ def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates
     """
     orders = [list(range(len(query.ids))) for query in queries]
     groups_of: list[list[Group]] = [[] for _ in queries]
-    windows_of = [plan_windows(len(q.ids), cfg.window, cfg.step) for q in queries]
+    windows_of = [window_places(len(q.ids), cfg.window, cfg.step) for q in queries]
     for t, k in itertools.product(range(cfg.rounds), range(max(map(len, windows_of)))):
         asked = []
         for query, order, windows, groups in zip(queries, orders, windows_of, groups_of,
@@ -2886,7 +3181,7 @@ def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates
 def planned_calls(query: Candidates, cfg: Config) -> int:
     """Calls that a query takes when every answer is usable."""
     if cfg.method == "listwise":
-        return cfg.rounds * len(plan_windows(len(query.ids), cfg.window, cfg.step))
+        return cfg.rounds * len(window_places(len(query.ids), cfg.window, cfg.step))
     return len(plan_query(query, cfg))
 
 
@@ -3500,7 +3795,7 @@ def train_demo(given: dict) -> None:
     folder, world = out / "demo", DemoWorld(cfg.seed)
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
-    if not (cfg.resume and (folder / "train.jsonl").exists()):
+    if not cfg.resume:
         clear_output(cfg, out)
         write_demo(folder, world, cfg)
     cfg = dataclasses.replace(
@@ -3586,23 +3881,10 @@ def print_demo_table(results: dict, out: Path) -> None:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, made from Config: each option's help, default and the default's source."""
-    parser = argparse.ArgumentParser(
-        prog="grouprank.py",
-        description="Train a groupwise reranker (SFT, then GRPO), or rerank with one.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=100))
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--train", action="store_true", help="train; without --model the demo")
-    mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
-    mode.add_argument("--sweep", nargs="+", metavar="NAME=V1,V2",
-                      help="rerank a run with every combination of these options' values, and write"
-                           " NDCG@10, calls, tokens and seconds of each as a line of --out"
-                           " (default sweep.jsonl)")
-    mode.add_argument("--merge", action="store_true",
-                      help="join the parts of --out that --rerank --shard wrote")
+def add_settings(parser: argparse.ArgumentParser, config_class) -> None:
+    """One option a field, in the fields' groups: its help, its default and the default's source."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(config_class):
         name = f.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
@@ -3618,6 +3900,24 @@ def build_parser() -> argparse.ArgumentParser:
             if not f.metadata["choices"]:
                 options["metavar"] = {str: "TEXT", int: "N", float: "X"}[type(f.default)]
         groups[name].add_argument(flag(f.name), **options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, made from Config: each option's help, default and the default's source."""
+    parser = argparse.ArgumentParser(
+        prog="grouprank.py",
+        description="Train a groupwise reranker (SFT, then GRPO), or rerank with one.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=100))
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--train", action="store_true", help="train; without --model the demo")
+    mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
+    mode.add_argument("--sweep", nargs="+", metavar="NAME=V1,V2",
+                      help="rerank a run with every combination of these options' values, and write"
+                           " NDCG@10, calls, tokens and seconds of each as a line of --out"
+                           " (default sweep.jsonl)")
+    mode.add_argument("--merge", action="store_true",
+                      help="join the parts of --out that --rerank --shard wrote")
+    add_settings(parser, Config)
     return parser
 
 

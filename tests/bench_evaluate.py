@@ -2,7 +2,6 @@
 
     python tests/bench_evaluate.py                    # 1,000,000 lines; about a minute
     python tests/bench_evaluate.py --queries 100      # a quick look
-    python tests/bench_evaluate.py --bm25 100000      # also: index documents, answer 1,000 queries
 
 File to table, four measures (ndcg@10, recall@100, map, mrr), each tool in a process of its own:
 pytrec_eval parses in Python and evaluates in C, ranx compiles with numba (each process anew, unless
@@ -101,54 +100,14 @@ def bench_files(args):
                 print(f"{label:24}{wall:10.2f}{cpu:10.2f}{peak:10.0f}")
 
 
-def bench_bm25(n_docs, n_queries=1000):
-    """Index n_docs documents of Zipf-distributed words and answer queries, beside bm25s."""
-    sys.path.insert(0, str(ROOT))
-    import evaluate
-
-    rng = np.random.default_rng(0)
-    chance = 1 / np.arange(1, 200_001)
-    words = np.array([f"w{i}" for i in range(len(chance))])
-    draw = lambda n: words[rng.choice(len(chance), n, p=chance / chance.sum())]  # noqa: E731
-    lengths = rng.integers(40, 161, n_docs)
-    flat, stops = draw(lengths.sum()), np.cumsum(lengths)
-    texts = [" ".join(flat[stop - n : stop]) for n, stop in zip(lengths, stops, strict=True)]
-    queries = [" ".join(draw(8)) for _ in range(n_queries)]
-    print(f"\nBM25: {n_docs} documents of 40-160 words, {n_queries} queries of 8 words, top 100")
-    print(f"{'':24}{'index s':>10}{'search s':>10}")
-    start = time.perf_counter()
-    ours = evaluate.BM25(texts)
-    middle = time.perf_counter()
-    found = [ours.search(query, 100) for query in queries]
-    print(f"{'evaluate.BM25':24}{middle - start:10.2f}{time.perf_counter() - middle:10.2f}")
-    try:
-        import bm25s
-    except ImportError:
-        print(f"{'bm25s':24}{'not installed':>20}")
-        return
-    quiet = {"show_progress": False}
-    start = time.perf_counter()
-    peer = bm25s.BM25(method="lucene", k1=0.9, b=0.4, backend="numpy")
-    peer.index(bm25s.tokenize(texts, stopwords=[], **quiet), **quiet)
-    middle = time.perf_counter()
-    tokens = bm25s.tokenize(queries, stopwords=[], return_ids=False, **quiet)
-    _, scores = peer.retrieve(tokens, k=100, **quiet)
-    print(f"{'bm25s (numpy backend)':24}{middle - start:10.2f}{time.perf_counter() - middle:10.2f}")
-    worst = max(np.abs(s - own).max() for s, (_, own) in zip(scores, found, strict=True))
-    print(f"largest difference of a top-100 score: {worst:.1e}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--docs", type=int, default=1000, help="a query")
     parser.add_argument("--judged", type=int, default=50, help="a query")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bm25", type=int, default=0, metavar="N", help="documents to index")
     args = parser.parse_args()
     bench_files(args)
-    if args.bm25:
-        bench_bm25(args.bm25)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import synth
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SOURCE = {m.__name__: Path(m.__file__).read_text(encoding="utf-8") for m in (grouprank, evaluate)}
+SOURCE = {m.__name__: Path(m.__file__).read_text(encoding="utf-8") for m in (grouprank, evaluate, synth)}
 FIELDS = {f.name: f for f in dataclasses.fields(grouprank.Config)}
 
 
@@ -40,8 +40,8 @@ def test_every_function_that_the_readme_names_exists():
     names = in_code(r"^([\w.]+)\(\)$") | in_code(r"^([A-Z][a-z]+[A-Z]\w+)$") - {"CrossEncoder"}
     assert len(names) > 20 and {"PromptEncoder", "DecodingCache"} <= names
     for name in names:
-        module = evaluate if name.startswith("evaluate.") else grouprank
-        assert callable(getattr(module, name.removeprefix("evaluate.")))
+        script, _, function = name.rpartition(".")
+        assert callable(getattr({"evaluate": evaluate, "synth": synth, "": grouprank}[script], function))
 
 
 def test_every_test_that_the_readme_names_exists():
@@ -114,6 +114,12 @@ EQUATIONS = {  # name -> a call and what it must give
     "plan_groups": ("[len(g) for g in plan_groups(21, 20, 1, 0, np.random.default_rng(0))[0]]", [11, 10]),
     "learning_rate": ("learning_rate(0, 10, 1.0, 0.2, 'cosine')", 0.5),
     "sample_tokens": ("sample_tokens(torch.tensor([[0.0, 1.0]]), None, 0, 1.0).tolist()", [1]),
+    "interpolate": ("interpolate({'a': 1.0}, {'a': 0.5, 'b': 1.0}, 0.25)", {"a": 0.625, "b": 0.75}),
+    "reciprocal_rank_fusion": ("reciprocal_rank_fusion([['a', 'b'], ['b']])", {"a": 1 / 61, "b": 1 / 62 + 1 / 61}),
+    "mean_ranks": ("mean_ranks([5, 9, 5])", [2.5, 1.0, 2.5]),
+    "fuse_ranks": ("fuse_ranks([1, 4], [1, 1], 0.5)", [0.0, pytest.approx(-math.log(2))]),
+    "deal_scores": ("deal_scores([-0.3, -0.1, -0.9], [7, 3, 0])", [3.0, 7.0, 0.0]),
+    "plan_windows": ("plan_windows(10, 4)", [(6, 10), (4, 8), (2, 6), (0, 4)]),
     "ndcg": ("ndcg([0, 1], [0, 1], 10)", pytest.approx(1 / math.log2(3))),
     "recall": ("recall([1, 0], [1, 0, 1], 2)", 0.5),
     "tie_averaged": ("[float(x) for x in tie_averaged([1, 1, 2], [0, 4, 7])]", [7, 2, 2]),

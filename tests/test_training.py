@@ -735,3 +735,13 @@ def test_sft_overfits_the_authors_two_rows_and_returns_their_scores(real_data, t
     for (ids,), row in zip(answers, rows, strict=True):
         answer = grouprank.parse_answer(grouprank.decode_text(job.tokenizer, ids), 10)
         assert (answer.status, answer.scores) == ("ok", row["scores"])
+
+
+def test_a_checkpoint_without_its_head_is_refused_not_filled_with_random_weights(tmp_path):
+    model = tiny_model("llama")  # its head is a tensor of its own
+    weights = {n: w for n, w in model.state_dict().items() if n != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match="has no lm_head.weight"):
+        grouprank.load_model(str(tmp_path), grouprank.pick_machine("cpu"), trainable=False)
+    tied = save_tiny_model(tmp_path / "tied", "qwen2")  # here the head is the embedding
+    grouprank.load_model(str(tied), grouprank.pick_machine("cpu"), trainable=False)
