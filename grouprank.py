@@ -2783,13 +2783,13 @@ def plan_groups(n_docs: int, docs_per_group: int, rounds: int, stride: int,
     return plan
 
 
-def plan_windows(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
+def window_places(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
     """Places [start, end) of the windows that slide up a list, from its bottom to its top.
 
     1 + ceil((N - w) / s) windows for N > w, else one. As in rank_llm the last one is cut off at the
     top of the list, so it may be short.
 
-    >>> plan_windows(95, 40, 20)
+    >>> window_places(95, 40, 20)
     [(55, 95), (35, 75), (15, 55), (0, 35)]
     """
     n_moves = max(math.ceil((n_docs - window) / step), 0)
@@ -3158,7 +3158,7 @@ def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates
     """
     orders = [list(range(len(query.ids))) for query in queries]
     groups_of: list[list[Group]] = [[] for _ in queries]
-    windows_of = [plan_windows(len(q.ids), cfg.window, cfg.step) for q in queries]
+    windows_of = [window_places(len(q.ids), cfg.window, cfg.step) for q in queries]
     for t, k in itertools.product(range(cfg.rounds), range(max(map(len, windows_of)))):
         asked = []
         for query, order, windows, groups in zip(queries, orders, windows_of, groups_of,
@@ -3181,7 +3181,7 @@ def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates
 def planned_calls(query: Candidates, cfg: Config) -> int:
     """Calls that a query takes when every answer is usable."""
     if cfg.method == "listwise":
-        return cfg.rounds * len(plan_windows(len(query.ids), cfg.window, cfg.step))
+        return cfg.rounds * len(window_places(len(query.ids), cfg.window, cfg.step))
     return len(plan_query(query, cfg))
 
 

@@ -74,7 +74,7 @@ def windows_of_rank_llm(n_docs, window, step):
 @given(st.integers(1, 150), st.integers(1, 30), st.integers(1, 30))
 def test_windows_slide_up_as_in_rank_llm(n_docs, window, step):
     step = min(step, window)
-    windows = grouprank.plan_windows(n_docs, window, step)
+    windows = grouprank.window_places(n_docs, window, step)
     if n_docs != window - step:  # there, the loop above never starts and ranks nothing
         assert windows == windows_of_rank_llm(n_docs, window, step)
     assert len(windows) == (1 + math.ceil((n_docs - window) / step) if n_docs > window else 1)
