@@ -833,7 +833,8 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
 
     corpus and queries map ids to texts; excluded maps a query to the documents it must not get.
     With BM25 alone, a document that shares no word with a query scores 0 and can still fill the end
-    of its list. With an encoder, both searches name their top_k, and all of these are fused.
+    of its list. With an encoder, both searches name their top_k (BM25 those with a score above 0),
+    and all of these are fused; no query's scores depend on another's exclusions.
     """
     ids, index = list(corpus), evaluate.BM25(corpus.values())
     depth = top_k + max(map(len, excluded.values()), default=0)
@@ -845,18 +846,17 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
     searched = tqdm(queries.items(), desc="search", disable=not sys.stderr.isatty())
     for row, (qid, query) in enumerate(searched):
         banned = excluded.get(qid, ())
-        found, scores = index.search(query, depth)
-        ranked = [(ids[i], float(s)) for i, s in zip(found, scores, strict=True)]
-        ranked = [pair for pair in ranked if pair[0] not in banned][:top_k]
+        pairs = zip(*(part.tolist() for part in index.search(query, depth)), strict=True)
+        found = [(i, s) for i, s in pairs if ids[i] not in banned and (s > 0 or not encoder)][:top_k]
+        ranked = [(ids[i], s) for i, s in found]
         if encoder:
             near = [i for i in nearest[row].tolist() if ids[i] not in banned][:top_k]
-            near_ids = [ids[i] for i in near]
             if fusion == "rrf":
-                matched = [doc for doc, score in ranked if score > 0]
-                fused = reciprocal_rank_fusion([matched, near_ids])
+                named = [[ids[i] for i in part] for part in ([i for i, _ in found], near)]
+                fused = reciprocal_rank_fusion(named)
             else:
                 lexical = index.scores(query)
-                both = sorted({i for i in found.tolist() if ids[i] not in banned} | set(near))
+                both = sorted({i for i, _ in found} | set(near))
                 cosines = docs[both] @ vectors[row]
                 parts = [evaluate.minmax(values.tolist()) for values in (lexical[both], cosines)]
                 named = [dict(zip((ids[i] for i in both), part, strict=True)) for part in parts]

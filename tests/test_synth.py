@@ -778,6 +778,20 @@ def test_hybrid_scores_are_those_of_the_formula_over_all_documents(bert):
     assert fused["a"] == pytest.approx(1 / 61 + 1 / (61 + ranks[1].index("a"))) and ranks[0][0] == "a"
 
 
+@pytest.mark.parametrize("fusion", ["minmax", "rrf"])
+def test_hybrid_scores_ignore_the_exclusions_of_other_queries_and_bm25_finds_by_words(bert, fusion):
+    """Only the documents that BM25 (with a score above 0) or the encoder puts into its top 2."""
+    corpus = {f"d{i}": f"{'red ' * (i % 3 == 0)}thing number {i} of them {'x' * i}" for i in range(20)}
+    encoder = synth.Encoder(bert, synth.Config())
+    asked = {"q1": "red", "q2": "number", "q3": "nowhere"}
+    plain, others = (synth.retrieve(corpus, asked, excluded, 2, encoder, fusion=fusion)
+                     for excluded in ({}, {"q2": {f"d{i}" for i in range(9)}}))  # fmt: skip
+    assert plain["q1"] == others["q1"] and plain["q3"] == others["q3"]
+    vectors, one = encoder.encode(corpus.values(), "document"), encoder.encode(["nowhere"], "query")[0]
+    nearest = sorted(corpus, key=lambda doc: -float(vectors[list(corpus).index(doc)] @ one))[:2]
+    assert [doc for doc, _ in plain["q3"]] == nearest
+
+
 def test_dense_search_in_blocks_is_exact():
     generator = torch.Generator().manual_seed(0)
     queries, docs = torch.randn(7, 16, generator=generator), torch.randn(301, 16, generator=generator)
