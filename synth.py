@@ -833,8 +833,9 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
 
     corpus and queries map ids to texts; excluded maps a query to the documents it must not get.
     With BM25 alone, a document that shares no word with a query scores 0 and can still fill the end
-    of its list. With an encoder, both searches name their top_k (BM25 those with a score above 0),
-    and all of these are fused; no query's scores depend on another's exclusions.
+    of its list (`run_retrieve` writes none of these). With an encoder, both searches name their
+    top_k (BM25 those with a score above 0), and all of these are fused; no query's scores depend on
+    another's exclusions.
     """
     ids, index = list(corpus), evaluate.BM25(corpus.values())
     depth = top_k + max(map(len, excluded.values()), default=0)
@@ -847,7 +848,8 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
     for row, (qid, query) in enumerate(searched):
         banned = excluded.get(qid, ())
         pairs = zip(*(part.tolist() for part in index.search(query, depth)), strict=True)
-        found = [(i, s) for i, s in pairs if ids[i] not in banned and (s > 0 or not encoder)][:top_k]
+        found = [(i, s) for i, s in pairs if ids[i] not in banned and (s > 0 or not encoder)]
+        found = found[:top_k]
         ranked = [(ids[i], s) for i, s in found]
         if encoder:
             near = [i for i in nearest[row].tolist() if ids[i] not in banned][:top_k]
@@ -1381,6 +1383,12 @@ def run_retrieve(cfg: Config) -> None:
           f" {len(collection.queries)} queries, top {cfg.top_k}", flush=True)
     run = retrieve(collection.corpus, collection.queries, collection.excluded, cfg.top_k, encoder,
                    alpha=cfg.alpha, fusion=cfg.fusion)
+    if not encoder:  # no word in common: nothing was found, and the order of the corpus is no rank
+        run = {qid: [pair for pair in ranked if pair[1] > 0] for qid, ranked in run.items()}
+    if empty := sum(not ranked for ranked in run.values()):
+        print(f"note: {empty} of {len(run)} queries find no document and are not in the run")
+    if not any(run.values()):
+        raise ValueError(f"no query of {cfg.data} shares a word with a document that it may get")
     evaluate.write_run(cfg.out, run, tag="hybrid" if encoder else "bm25")
     print(f"wrote {cfg.out}")
 

@@ -742,7 +742,19 @@ def test_retrieval_ranks_by_bm25_and_honours_exclusions(folder, tmp_path, monkey
     command(monkeypatch, "--retrieve", "--data", folder, "--out", tmp_path / "x.run", "--top-k", 2)
     run = evaluate.read_run(tmp_path / "x.run")
     assert evaluate.sort_run(run["q1"]) == ["a", "b/c d"]
-    assert "b/c d" not in run["q2"] and len(run["q2"]) == 2
+    assert "q2" not in run  # the only document with its word is excluded
+
+
+def test_documents_without_a_word_of_the_query_are_not_in_the_run(folder, tmp_path, monkeypatch, capsys):
+    """Short lists go through the reranker; a query that found nothing is named by a note."""
+    options = flags(data=folder, out=tmp_path / "x.run", top_k=3)
+    command(monkeypatch, "--retrieve", *options)
+    run = evaluate.read_run(tmp_path / "x.run")
+    assert {qid: set(docs) for qid, docs in run.items()} == {"q1": {"a", "b/c d"}}
+    assert "note: 1 of 2 queries find no document" in capsys.readouterr().out
+    cfg = grouprank.Config(data=str(folder), run=str(tmp_path / "x.run"))
+    queries, _, _ = grouprank.read_candidates(cfg)
+    assert [(q.qid, q.ids) for q in queries] == [("q1", ["a", "b/c d"])]
 
 
 def test_rewritten_queries_are_used_when_named(folder, tmp_path, monkeypatch):
