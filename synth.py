@@ -1435,19 +1435,29 @@ def cached_backward(encoder: Encoder, chunks: Sequence[tuple[list[str], str]],
     return loss.item()
 
 
+def check_pair(row) -> dict:
+    """One row of `read_pairs`, missing scores filled in (10 and 0); ValueError if it is no such."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    parts = {part: row.get(part) for part in ("pos", "neg")}
+    lists = all(isinstance(texts, list) and texts for texts in parts.values())
+    texts = [row.get("query"), *(parts["pos"] + parts["neg"] if lists else [None])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError('needs a "query", and lists of texts in "pos" and "neg", none of it empty')
+    for part, texts in parts.items():
+        scores = row.setdefault(f"{part}_scores", [10.0 * (part == "pos")] * len(texts))
+        numbers = isinstance(scores, list) and all(
+            type(score) in (int, float) and math.isfinite(score) for score in scores)
+        if not numbers or len(scores) != len(texts):
+            raise ValueError(f'"{part}_scores" must be a list with one number for each of the'
+                             f' {len(texts)} texts in "{part}"')
+    return row
+
+
 def read_pairs(path: str) -> list[dict]:
-    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; ValueErrors name file and row."""
-    rows = []
-    for number, row in enumerate(evaluate.read_jsonl(path), 1):
-        texts = [row.get("query"), *(row.get("pos") or [""]), *(row.get("neg") or [""])]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f'{path}, row {number}: needs a "query", and texts in "pos" and "neg"')
-        for part in ("pos", "neg"):
-            scores = row.setdefault(f"{part}_scores", [10.0 * (part == "pos")] * len(row[part]))
-            if len(scores) != len(row[part]):
-                raise ValueError(f'{path}, row {number}: "{part}_scores" has {len(scores)} numbers'
-                                 f" for {len(row[part])} texts")
-        rows.append(row)
+    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; errors name file and line."""
+    with evaluate.numbered_lines(path) as lines:
+        rows = [check_pair(json.loads(line)) for line in filter(str.strip, lines)]
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows

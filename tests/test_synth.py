@@ -908,14 +908,19 @@ def test_training_lowers_the_loss_and_the_folder_opens_again(bert, tmp_path, mon
         command(monkeypatch, "--train-retriever", path, *flags(**options))
 
 
-BAD_PAIRS = [({"query": "q", "pos": [], "neg": ["n"]}, "needs a"), ({"pos": ["p"], "neg": ["n"]}, "needs a"),
-             ({"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1, 2]}, "2 numbers for 1 texts")]  # fmt: skip
-
-
-@pytest.mark.parametrize(("row", "message"), BAD_PAIRS)
-def test_wrong_retriever_rows_are_named(tmp_path, row, message):
-    path = write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], row])
-    with pytest.raises(ValueError, match=f"row 2.*{message}"):
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"pos": []}, "needs a"), ({"query": None}, "needs a"), ({"pos": "abc"}, "needs a"), ({"neg": None}, "needs a"),
+    ({"neg": ["n", 3, "m"]}, "needs a"), ({"neg": ["n", " ", "m"]}, "needs a"),
+    ({"pos_scores": [1, 2]}, "each of the 1 texts"), ({"pos_scores": None}, "each of the 1 texts"),
+    ({"neg_scores": [1, "2", 3]}, "each of the 3 texts"), ({"neg_scores": "123"}, "each of the 3 texts"),
+    ({"neg_scores": [1, math.nan, 3]}, "each of the 3 texts"),
+])  # fmt: skip
+def test_wrong_retriever_rows_are_named(tmp_path, wrong, message):
+    path = write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], PAIRS[0] | wrong])
+    with pytest.raises(ValueError, match=f"pairs.jsonl, line 2: .*{message}"):
+        synth.read_pairs(path)
+    Path(path).write_text("\n[1]\n")
+    with pytest.raises(ValueError, match="line 2: not a JSON object"):
         synth.read_pairs(path)
 
 
