@@ -865,7 +865,9 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
 
     corpus and queries map ids to texts; excluded maps a query to the documents it must not get.
     With BM25 alone, a document that shares no word with a query scores 0 and can still fill the end
-    of its list. With an encoder, both searches name their top_k, and all of these are fused.
+    of its list (`run_retrieve` writes none of these). With an encoder, both searches name their
+    top_k (BM25 those with a score above 0), and all of these are fused; no query's scores depend on
+    another's exclusions.
     """
     ids, index = list(corpus), evaluate.BM25(corpus.values())
     depth = top_k + max(map(len, excluded.values()), default=0)
@@ -877,18 +879,18 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
     searched = tqdm(queries.items(), desc="search", disable=not sys.stderr.isatty())
     for row, (qid, query) in enumerate(searched):
         banned = excluded.get(qid, ())
-        found, scores = index.search(query, depth)
-        ranked = [(ids[i], float(s)) for i, s in zip(found, scores, strict=True)]
-        ranked = [pair for pair in ranked if pair[0] not in banned][:top_k]
+        pairs = zip(*(part.tolist() for part in index.search(query, depth)), strict=True)
+        found = [(i, s) for i, s in pairs if ids[i] not in banned and (s > 0 or not encoder)]
+        found = found[:top_k]
+        ranked = [(ids[i], s) for i, s in found]
         if encoder:
             near = [i for i in nearest[row].tolist() if ids[i] not in banned][:top_k]
-            near_ids = [ids[i] for i in near]
             if fusion == "rrf":
-                matched = [doc for doc, score in ranked if score > 0]
-                fused = reciprocal_rank_fusion([matched, near_ids])
+                named = [[ids[i] for i in part] for part in ([i for i, _ in found], near)]
+                fused = reciprocal_rank_fusion(named)
             else:
                 lexical = index.scores(query)
-                both = sorted({i for i in found.tolist() if ids[i] not in banned} | set(near))
+                both = sorted({i for i, _ in found} | set(near))
                 cosines = docs[both] @ vectors[row]
                 parts = [evaluate.minmax(values.tolist()) for values in (lexical[both], cosines)]
                 named = [dict(zip((ids[i] for i in both), part, strict=True)) for part in parts]
@@ -1440,6 +1442,12 @@ def run_retrieve(cfg: Config) -> None:
           f" {len(collection.queries)} queries, top {cfg.top_k}", flush=True)
     run = retrieve(collection.corpus, collection.queries, collection.excluded, cfg.top_k, encoder,
                    alpha=cfg.alpha, fusion=cfg.fusion)
+    if not encoder:  # no word in common: nothing was found, and the order of the corpus is no rank
+        run = {qid: [pair for pair in ranked if pair[1] > 0] for qid, ranked in run.items()}
+    if empty := sum(not ranked for ranked in run.values()):
+        print(f"note: {empty} of {len(run)} queries find no document and are not in the run")
+    if not any(run.values()):
+        raise ValueError(f"no query of {cfg.data} shares a word with a document that it may get")
     evaluate.write_run(cfg.out, run, tag="hybrid" if encoder else "bm25")
     print(f"wrote {cfg.out}")
 
@@ -1486,19 +1494,29 @@ def cached_backward(encoder: Encoder, chunks: Sequence[tuple[list[str], str]],
     return loss.item()
 
 
+def check_pair(row) -> dict:
+    """One row of `read_pairs`, missing scores filled in (10 and 0); ValueError if it is no such."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    parts = {part: row.get(part) for part in ("pos", "neg")}
+    lists = all(isinstance(texts, list) and texts for texts in parts.values())
+    texts = [row.get("query"), *(parts["pos"] + parts["neg"] if lists else [None])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError('needs a "query", and lists of texts in "pos" and "neg", none of it empty')
+    for part, texts in parts.items():
+        scores = row.setdefault(f"{part}_scores", [10.0 * (part == "pos")] * len(texts))
+        numbers = isinstance(scores, list) and all(
+            type(score) in (int, float) and math.isfinite(score) for score in scores)
+        if not numbers or len(scores) != len(texts):
+            raise ValueError(f'"{part}_scores" must be a list with one number for each of the'
+                             f' {len(texts)} texts in "{part}"')
+    return row
+
+
 def read_pairs(path: str) -> list[dict]:
-    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; ValueErrors name file and row."""
-    rows = []
-    for number, row in enumerate(evaluate.read_jsonl(path), 1):
-        texts = [row.get("query"), *(row.get("pos") or [""]), *(row.get("neg") or [""])]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f'{path}, row {number}: needs a "query", and texts in "pos" and "neg"')
-        for part in ("pos", "neg"):
-            scores = row.setdefault(f"{part}_scores", [10.0 * (part == "pos")] * len(row[part]))
-            if len(scores) != len(row[part]):
-                raise ValueError(f'{path}, row {number}: "{part}_scores" has {len(scores)} numbers'
-                                 f" for {len(row[part])} texts")
-        rows.append(row)
+    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; errors name file and line."""
+    with evaluate.numbered_lines(path) as lines:
+        rows = [check_pair(json.loads(line)) for line in filter(str.strip, lines)]
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows

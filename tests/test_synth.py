@@ -833,7 +833,19 @@ def test_retrieval_ranks_by_bm25_and_honours_exclusions(folder, tmp_path, monkey
     command(monkeypatch, "--retrieve", "--data", folder, "--out", tmp_path / "x.run", "--top-k", 2)
     run = evaluate.read_run(tmp_path / "x.run")
     assert evaluate.sort_run(run["q1"]) == ["a", "b/c d"]
-    assert "b/c d" not in run["q2"] and len(run["q2"]) == 2
+    assert "q2" not in run  # the only document with its word is excluded
+
+
+def test_documents_without_a_word_of_the_query_are_not_in_the_run(folder, tmp_path, monkeypatch, capsys):
+    """Short lists go through the reranker; a query that found nothing is named by a note."""
+    options = flags(data=folder, out=tmp_path / "x.run", top_k=3)
+    command(monkeypatch, "--retrieve", *options)
+    run = evaluate.read_run(tmp_path / "x.run")
+    assert {qid: set(docs) for qid, docs in run.items()} == {"q1": {"a", "b/c d"}}
+    assert "note: 1 of 2 queries find no document" in capsys.readouterr().out
+    cfg = grouprank.Config(data=str(folder), run=str(tmp_path / "x.run"))
+    queries, _, _ = grouprank.read_candidates(cfg)
+    assert [(q.qid, q.ids) for q in queries] == [("q1", ["a", "b/c d"])]
 
 
 def test_rewritten_queries_are_used_when_named(folder, tmp_path, monkeypatch):
@@ -867,6 +879,20 @@ def test_hybrid_scores_are_those_of_the_formula_over_all_documents(bert):
     ranks = [[doc for doc, _ in synth.retrieve(CORPUS, QUERIES, {}, 3, encoder, alpha=a)["q1"]] for a in (1.0, 0.0)]
     fused = dict(synth.retrieve(CORPUS, QUERIES, {}, 3, encoder, fusion="rrf")["q1"])
     assert fused["a"] == pytest.approx(1 / 61 + 1 / (61 + ranks[1].index("a"))) and ranks[0][0] == "a"
+
+
+@pytest.mark.parametrize("fusion", ["minmax", "rrf"])
+def test_hybrid_scores_ignore_the_exclusions_of_other_queries_and_bm25_finds_by_words(bert, fusion):
+    """Only the documents that BM25 (with a score above 0) or the encoder puts into its top 2."""
+    corpus = {f"d{i}": f"{'red ' * (i % 3 == 0)}thing number {i} of them {'x' * i}" for i in range(20)}
+    encoder = synth.Encoder(bert, synth.Config())
+    asked = {"q1": "red", "q2": "number", "q3": "nowhere"}
+    plain, others = (synth.retrieve(corpus, asked, excluded, 2, encoder, fusion=fusion)
+                     for excluded in ({}, {"q2": {f"d{i}" for i in range(9)}}))  # fmt: skip
+    assert plain["q1"] == others["q1"] and plain["q3"] == others["q3"]
+    vectors, one = encoder.encode(corpus.values(), "document"), encoder.encode(["nowhere"], "query")[0]
+    nearest = sorted(corpus, key=lambda doc: -float(vectors[list(corpus).index(doc)] @ one))[:2]
+    assert [doc for doc, _ in plain["q3"]] == nearest
 
 
 def test_dense_search_in_blocks_is_exact():
@@ -973,14 +999,19 @@ def test_training_lowers_the_loss_and_the_folder_opens_again(bert, tmp_path, mon
         command(monkeypatch, "--train-retriever", path, *flags(**options))
 
 
-BAD_PAIRS = [({"query": "q", "pos": [], "neg": ["n"]}, "needs a"), ({"pos": ["p"], "neg": ["n"]}, "needs a"),
-             ({"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1, 2]}, "2 numbers for 1 texts")]  # fmt: skip
-
-
-@pytest.mark.parametrize(("row", "message"), BAD_PAIRS)
-def test_wrong_retriever_rows_are_named(tmp_path, row, message):
-    path = write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], row])
-    with pytest.raises(ValueError, match=f"row 2.*{message}"):
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"pos": []}, "needs a"), ({"query": None}, "needs a"), ({"pos": "abc"}, "needs a"), ({"neg": None}, "needs a"),
+    ({"neg": ["n", 3, "m"]}, "needs a"), ({"neg": ["n", " ", "m"]}, "needs a"),
+    ({"pos_scores": [1, 2]}, "each of the 1 texts"), ({"pos_scores": None}, "each of the 1 texts"),
+    ({"neg_scores": [1, "2", 3]}, "each of the 3 texts"), ({"neg_scores": "123"}, "each of the 3 texts"),
+    ({"neg_scores": [1, math.nan, 3]}, "each of the 3 texts"),
+])  # fmt: skip
+def test_wrong_retriever_rows_are_named(tmp_path, wrong, message):
+    path = write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], PAIRS[0] | wrong])
+    with pytest.raises(ValueError, match=f"pairs.jsonl, line 2: .*{message}"):
+        synth.read_pairs(path)
+    Path(path).write_text("\n[1]\n")
+    with pytest.raises(ValueError, match="line 2: not a JSON object"):
         synth.read_pairs(path)
 
 
