@@ -42,7 +42,9 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -1368,6 +1370,22 @@ def write_record(cfg: Config, folder: Path, data: str, counts: Counter | None = 
         json.dump(record, file, indent=2, ensure_ascii=False)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lock the answers of an output folder; ValueError if another process has done so.
+
+    Two jobs in one folder would pay for each answer twice. The kernel drops a killed job's lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "answers.jsonl", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process works in {folder}: wait until it ends, or take"
+                             " another --out") from None
+        yield
+
+
 def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     """All nine steps. make_teachers(cfg, cache, ledger) -> {step: Teacher}."""
     if not cfg.out or not cfg.data or not cfg.llm:
@@ -1379,6 +1397,13 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     size = cfg.pool_top + cfg.pool_random
     if len(corpus) < size:
         print(f"note: the corpus has {len(corpus)} documents: pools hold these instead of {size}")
+    with contextlib.nullcontext() if cfg.dry_run else alone_in(folder):
+        return take_steps(cfg, make_teachers, corpus, queries, excluded_docs, counts)
+
+
+def take_steps(cfg: Config, make_teachers, corpus, queries, excluded_docs, counts) -> Work:
+    """The steps after reading, of the one process that works in the folder."""
+    folder, size = Path(cfg.out), cfg.pool_top + cfg.pool_random
     excluded = read_excluded_queries(cfg)
     data = hash_input(corpus, queries, excluded_docs)
     if cfg.dry_run:  # nothing may be lost on the way: the most that the job can take

@@ -472,6 +472,18 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     assert 0 <= len(server.bodies) - n_whole <= 4  # again only what was in flight when it was killed
 
 
+def test_a_second_process_in_one_folder_is_refused(tmp_path):
+    """Before it changes a file there, even with --overwrite; afterwards it may go on."""
+    folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=3), tmp_path / "out"
+    synthesise(folder, out)
+    before = outputs(out)
+    with synth.alone_in(out), pytest.raises(ValueError, match=f"another process works in {out}"):
+        synthesise(folder, out, beta=0.9, overwrite=True)
+    assert outputs(out) == before
+    synthesise(folder, out, beta=0.9, overwrite=True)
+    assert outputs(out) != before
+
+
 def test_a_corrupt_line_is_named_and_its_answer_asked_again(tmp_path, capsys):
     folder = write_world(tmp_path / "w", n_docs=30, n_queries=3)
     synthesise(folder, tmp_path / "out")
