@@ -645,20 +645,26 @@ def jaccard(a: frozenset, b: frozenset) -> float:
 class NearDuplicates:
     """Finds texts whose shingles have a Jaccard similarity of at least `threshold` (MinHash).
 
-    64 hash minima in 16 bands of four propose candidates, 99 % of those at similarity 0.7; the
-    similarity of a candidate is then computed exactly.
+    64 hash minima propose candidates, in bands of as many (up to four) as still find about 99 % of
+    the pairs at the threshold: 1 - (1 - threshold^rows)^bands. Where single minima find fewer,
+    every text is a candidate. The similarity of a candidate is then computed exactly.
     """
 
     def __init__(self, threshold: float):
         rng = np.random.default_rng(0)
         self.threshold, self.bands, self.texts = threshold, {}, {}
+        self.rows = next((rows for rows in (4, 3, 2, 1)
+                          if 1 - (1 - threshold**rows) ** (64 // rows) > 0.985), 0)
         self.factors, self.offsets = rng.integers(1, 2**31 - 1, (2, 64, 1), dtype=np.uint64)
 
     def _bands(self, grams) -> list[tuple]:
+        if not self.rows:
+            return [()]  # one band that all texts share
         codes = np.array([zlib.crc32(gram.encode("utf-8", "replace")) >> 1 for gram in grams],
                          dtype=np.uint64)
         minima = ((self.factors * codes + self.offsets) % (2**31 - 1)).min(axis=1)
-        return [(i, *minima[i : i + 4].tolist()) for i in range(0, 64, 4)]
+        return [(i, *minima[i : i + self.rows].tolist())
+                for i in range(0, 65 - self.rows, self.rows)]
 
     def find(self, text: str) -> str | None:
         """The id of a text that was added and is nearly this one, the most similar first."""

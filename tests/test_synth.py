@@ -306,6 +306,18 @@ def test_near_duplicates_are_those_that_a_full_comparison_finds():
     assert n_found > 12
 
 
+@pytest.mark.parametrize(("threshold", "rows"), [(0.9, 4), (0.7, 4), (0.6, 3), (0.4, 2), (0.2, 1), (0.02, 0)])
+def test_near_duplicates_are_found_at_any_threshold(threshold, rows):
+    """Pairs at the threshold, 300 of them: sets of numbers, k of 100 in common."""
+    index, n_found = synth.NearDuplicates(threshold), 0
+    shared = math.ceil(200 * threshold / (1 + threshold))  # of two sets of 100: s / (200 - s)
+    for i in range(300):
+        one = [f"{i} {n}" for n in range(100)]
+        two = one[:shared] + [f"{i} {n}" for n in range(100, 200 - shared)]
+        n_found += bool(set(index._bands(one)) & set(index._bands(two)))
+    assert index.rows == rows and n_found >= 290
+
+
 def test_overlap_counts_different_words_without_stop_words():
     assert synth.word_overlap("why do the red leaves fall", "Red leaves are here") == 2 / 5
 
