@@ -1354,6 +1354,8 @@ def write_record(cfg: Config, folder: Path, data: str, counts: Counter | None = 
     """
     path, settings = folder / "synth.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE} | {"data_hash": data}
+    for teacher in ("pointwise_llm", "listwise_llm"):  # where a model is served may change
+        settings[teacher] = settings[teacher].partition("@http")[0]
     if not path.exists():  # then these are none of ours
         for name in ("reranker.train.jsonl", "reranker.dev.jsonl", "retriever.jsonl"):
             evaluate.refuse_overwrite(folder / name, cfg.overwrite)

@@ -484,6 +484,16 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     assert 0 <= len(server.bodies) - n_whole <= 4  # again only what was in flight when it was killed
 
 
+def test_the_url_of_a_teacher_may_change_and_its_name_may_not(tmp_path):
+    folder = write_world(tmp_path / "w", n_docs=30, n_queries=3)
+    synthesise(folder, tmp_path / "out", pointwise_llm="p@http://one/v1")
+    before = outputs(tmp_path / "out")
+    synthesise(folder, tmp_path / "out", pointwise_llm="p@http://two/v1")
+    assert outputs(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="made with --pointwise-llm p, not q"):
+        synthesise(folder, tmp_path / "out", pointwise_llm="q@http://two/v1")
+
+
 def test_a_second_process_in_one_folder_is_refused(tmp_path):
     """Before it changes a file there, even with --overwrite; afterwards it may go on."""
     folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=3), tmp_path / "out"
