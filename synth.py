@@ -24,7 +24,8 @@ Departures from the paper, and choices where it is silent:
     3. Agreement of the teachers is NDCG@10 of the listwise order with the pointwise scores as
        gains; pools below 0.4 are dropped (the threshold is ReasonRank's).
     4. Groups are drawn from the pool in first-stage order, as in the authors' sample rows: every
-       n-th candidate, or neighbours. Documents inside a group are shuffled.
+       n-th candidate, or neighbours, around a circle, so that all are drawn equally often.
+       Documents inside a group are shuffled.
     5. A response for SFT is the teacher's own answer, kept only if its scores agree with the fused
        labels. Putting the labels into it would make its reasoning contradict its scores.
     6. Documents that share no word with the query are not ranked by BM25; random documents of the
@@ -302,16 +303,18 @@ class Teacher:
 
         An unusable answer, for which `read` gives None, is asked again with a new seed.
         """
-        answers: list[tuple[object, str] | None] = [None] * len(chats)
         before, started = dataclasses.replace(self.ledger), time.perf_counter()
-        with tqdm(total=len(chats), desc=step, disable=not sys.stderr.isatty()) as progress:
+        self.tallies.setdefault(step, [0, 0, []])
+        answers = [self._recall(chat, read) for chat in chats]
+        n_recalled = len(answers) - answers.count(None)
+        self.ledger.cached += n_recalled
+        with tqdm(total=len(chats), desc=step, initial=n_recalled,
+                  disable=not sys.stderr.isatty()) as progress:
             for attempt in range(self.cfg.retries + 1):
                 left = [i for i, answer in enumerate(answers) if answer is None]
                 tries = [dataclasses.replace(chats[i], seed=(*chats[i].seed, attempt))
                          for i in left]
-                # Greedy decoding would repeat its own mistake: a second try always samples.
-                temperature = max(self.cfg.temperature, 0.3 if attempt else 0.0)
-                found = self._try(step, tries, temperature, read, progress)
+                found = self._try(step, tries, self._temperature(attempt), read, progress)
                 for i, answer in zip(left, found, strict=True):
                     answers[i] = answer
         n_none, now, seconds = answers.count(None), self.ledger, time.perf_counter() - started
@@ -325,15 +328,28 @@ class Teacher:
               f" {n_none} without a usable answer", flush=True)
         return answers
 
+    def _temperature(self, attempt: int) -> float:
+        # Greedy decoding would repeat its own mistake: a second try always samples.
+        return max(self.cfg.temperature, 0.3 if attempt else 0.0)
+
+    def _recall(self, chat: Chat, read: Read) -> tuple[object, str] | None:
+        """The first usable answer among all tries that the cache has.
+
+        All of them, because an earlier try may have failed on its way, which is not cached.
+        """
+        for attempt in range(self.cfg.retries + 1):
+            tried = dataclasses.replace(chat, seed=(*chat.seed, attempt))
+            key = self._key(tried, self._temperature(attempt))
+            text = self.cache.text(key)
+            if text is not None and (value := read(text, len(chat.texts))) is not None:
+                return value, key
+        return None
+
     def _try(self, step, chats, temperature, read, progress) -> list:
-        """One try at each chat: the cache's answers, then the model's, kept as they arrive."""
+        """One try at each chat, kept as they arrive; a try that the cache has was unusable."""
         keys = [self._key(chat, temperature) for chat in chats]
-        texts = list(map(self.cache.text, keys))
-        found = [None if text is None else self._judge(step, chat, key, text, read)
-                 for chat, key, text in zip(chats, keys, texts, strict=True)]
-        missing = [i for i, text in enumerate(texts) if text is None]
-        self.ledger.cached += len(chats) - len(missing)
-        progress.update(len(found) - found.count(None))
+        found: list[tuple[object, str] | None] = [None] * len(chats)
+        missing = [i for i, key in enumerate(keys) if key not in self.cache.places]
 
         def call(places: Sequence[int]) -> None:
             """Ask a few chats, and keep each answer at once."""
@@ -359,7 +375,7 @@ class Teacher:
                 list(pool.map(call, (part[i : i + size] for i in range(0, len(part), size))))
         finally:  # what is in flight has been paid for: wait for it, start no more
             pool.shutdown(wait=True, cancel_futures=True)
-        if missing and step not in self.tallies and not self.ledger.stop:
+        if missing and not self.tallies[step][0] and not self.ledger.stop:
             self.ledger.stop = f"none of {len(missing)} calls was answered; see {self.failures}"
         if self.ledger.stop:
             raise ValueError(self.ledger.stop)
@@ -393,7 +409,7 @@ class Teacher:
         """Read an answer; stop the job when it is plain that this model cannot do this step."""
         value = read(text, len(chat.texts))
         with self.ledger.lock:
-            tally = self.tallies.setdefault(step, [0, 0, []])
+            tally = self.tallies[step]
             tally[0] += 1
             tally[1] += value is not None
             if value is None and len(tally[2]) < 3:
@@ -499,10 +515,13 @@ class Work:
         return random.Random(repr((self.cfg.seed, *name)))
 
 
-def read_corpus(path: Path, min_chars: int) -> tuple[dict[str, str], Counter]:
-    """{id: text} of a corpus.jsonl, one line at a time; exact duplicates and short texts are left
-    out and counted, of equal texts the first stays. ValueErrors name file, line or id."""
-    corpus, seen, counts = {}, set(), Counter()
+def read_corpus(path: Path, min_chars: int) -> tuple[dict[str, str], dict[str, str], Counter]:
+    """({id: text}, {id left out: the equal one that stays}, counts) of a corpus.jsonl.
+
+    Read one line at a time; exact duplicates and short texts are left out and counted, of equal
+    texts the first stays. ValueErrors name file, line or id.
+    """
+    corpus, seen, twins, counts = {}, {}, {}, Counter()
     for row in evaluate.read_jsonl(path):
         doc, title, text = row.get("_id"), row.get("title") or "", row.get("text")
         counts["documents read"] += 1
@@ -511,19 +530,20 @@ def read_corpus(path: Path, min_chars: int) -> tuple[dict[str, str], Counter]:
                              " text, both strings")
         text = "\n".join(part for part in (title.strip(), text.strip()) if part)
         digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-        if doc in corpus:
+        if doc in corpus or doc in twins:
             raise ValueError(f"{path}: id {doc!r} appears twice; remove one")
         if len(text) < min_chars:
             counts["documents dropped: too short"] += 1
         elif digest in seen:
             counts["documents dropped: exact duplicate"] += 1
+            twins[doc] = seen[digest]
         else:
-            seen.add(digest)
+            seen[digest] = doc
             corpus[doc] = text
     if not corpus:
         raise ValueError(f"{path}: no document of at least {min_chars} characters"
                          f" among {counts['documents read']}")
-    return corpus, counts
+    return corpus, twins, counts
 
 
 def read_input(cfg: Config) -> tuple[dict, dict, dict, Counter]:
@@ -541,8 +561,20 @@ def read_input(cfg: Config) -> tuple[dict, dict, dict, Counter]:
         queries = evaluate.read_texts(texts)
         if (folder / "excluded.tsv").exists():
             excluded = evaluate.read_excluded(folder / "excluded.tsv")
-    corpus, counts = read_corpus(corpus_path, cfg.min_doc_chars)
+    corpus, twins, counts = read_corpus(corpus_path, cfg.min_doc_chars)
+    # What is excluded under one id must not come back under another.
+    excluded = {qid: docs | {twins[doc] for doc in docs & twins.keys()}
+                for qid, docs in excluded.items()}
     return corpus, queries, excluded, counts
+
+
+def hash_input(corpus: dict, queries: dict, excluded: dict[str, set]) -> str:
+    """16 hex digits that change with any text, id or exclusion."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (corpus, queries, {qid: sorted(docs) for qid, docs in excluded.items()}):
+        for pair in part.items():
+            digest.update(repr(pair).encode("utf-8", "replace"))
+    return digest.hexdigest()
 
 
 # --- 2 Queries ------------------------------------------------------------------------------------
@@ -1084,13 +1116,14 @@ def parse_sizes(text: str) -> dict[int, float]:
 
 
 def draw_group(n_docs: int, size: int, contiguous: bool, rng: random.Random) -> list[int]:
-    """Algorithm 1: positions of one group in a pool of n_docs, in pool order.
+    """Algorithm 1: positions of one group in a pool of n_docs.
 
-    Neighbours from a random start, or every (n_docs // size)-th document from a random start.
+    Neighbours, or every (n_docs // size)-th document, from a random start, around the pool as a
+    circle: every document is drawn with probability size / n_docs. Without the circle the best
+    and the last documents, at the ends, would hardly ever be.
     """
-    stride = 1 if contiguous else n_docs // size
-    start = rng.randrange(n_docs - (size - 1) * stride)
-    return list(range(start, start + size * stride, stride))
+    stride, start = 1 if contiguous else n_docs // size, rng.randrange(n_docs)
+    return sorted((start + i * stride) % n_docs for i in range(size))
 
 
 def sample_groups(labels: Sequence[float], n_groups: int, weights: dict[int, float],
@@ -1125,12 +1158,27 @@ class Sample:
     response: str = ""  # key of the teacher's answer in the cache
 
 
+def hold_out(work: Work, topics: Sequence[Topic]) -> set[str]:
+    """The queries of the dev rows, drawn at random; near-duplicates stay on one side."""
+    index, clusters = NearDuplicates(work.cfg.near_duplicate), {}
+    for t in sorted(topics, key=lambda t: t.qid):
+        near = index.find(t.text)
+        clusters.setdefault(near or t.qid, []).append(t.qid)
+        if near is None:
+            index.add(t.qid, t.text)
+    n_dev = max(round(work.cfg.dev_share * len(topics)),
+                len(clusters) > 1 and work.cfg.dev_share > 0)
+    held_out: set[str] = set()
+    for first in sorted(clusters, key=lambda qid: work.rng("dev", qid).random()):
+        if len(held_out) < n_dev:
+            held_out.update(clusters[first])
+    return held_out
+
+
 def draw_samples(work: Work, topics: Sequence[Topic]) -> list[Sample]:
     """The groups of all topics; a share of the topics is held out, with all their groups."""
     cfg, weights = work.cfg, parse_sizes(work.cfg.group_sizes)
-    by_chance = sorted(topics, key=lambda t: work.rng("dev", t.qid).random())
-    n_dev = max(round(cfg.dev_share * len(topics)), len(topics) > 1 and cfg.dev_share > 0)
-    held_out = {t.qid for t in by_chance[:n_dev]}
+    held_out = hold_out(work, topics)
     samples = []
     for t in sorted(topics, key=lambda t: t.qid):
         groups = sample_groups(t.labels, cfg.groups_per_query, weights, cfg.contiguous_share,
@@ -1263,7 +1311,8 @@ def write_exports(cfg: Config, rows: Callable[[], Iterator[dict]], folder: Path)
     return names
 
 
-def write_outputs(work: Work, topics: Sequence[Topic], samples: Sequence[Sample]) -> None:
+def write_outputs(work: Work, topics: Sequence[Topic], samples: Sequence[Sample],
+                  data: str) -> None:
     """Write all files; rows are ordered by id, and nothing in them depends on time."""
     folder, counts = Path(work.cfg.out), work.counts
     train = [sample for sample in samples if not sample.dev]
@@ -1282,27 +1331,36 @@ def write_outputs(work: Work, topics: Sequence[Topic], samples: Sequence[Sample]
         evaluate.write_lines(folder / name, rows)
     again = lambda: (reranker_row(work, s) for s in train)  # noqa: E731
     names = [*files, *write_exports(work.cfg, again, folder)]
-    write_record(work.cfg, folder, counts)
+    write_record(work.cfg, folder, data, counts)
     print("\n".join(f"{n:8,} {name}" for name, n in sorted(counts.items()) if n))
     print(f"wrote {', '.join(names)} to {folder}")
 
 
-def write_record(cfg: Config, folder: Path, counts: Counter | None = None) -> None:
-    """synth.json: settings, and at the end the counts. Refuses a folder with other settings."""
+def write_record(cfg: Config, folder: Path, data: str, counts: Counter | None = None) -> None:
+    """synth.json: settings, and at the end the counts. Refuses a folder with other settings.
+
+    `data` is a hash of what was read. With --overwrite, outputs of other settings go at once, so
+    that synth.json never speaks of rows that it did not make.
+    """
     path, settings = folder / "synth.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
+    settings = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE} | {"data_hash": data}
     if not path.exists():  # then these are none of ours
         for name in ("reranker.train.jsonl", "reranker.dev.jsonl", "retriever.jsonl"):
             evaluate.refuse_overwrite(folder / name, cfg.overwrite)
-    if path.exists() and not cfg.overwrite:
+    else:
         before = json.loads(path.read_text(encoding="utf-8"))["config"]
-        for name in sorted(before.keys() & settings.keys() - FREE_TO_CHANGE):
-            if before[name] != settings[name]:
-                raise ValueError(
-                    f"{folder} was made with {grouprank.flag(name)} {before[name]}, not"
-                    f" {settings[name]}: take another --out, or add --overwrite, which replaces the"
-                    " outputs and keeps the answers that were paid for")
-    record = {"config": {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE},
-              "counts": dict(sorted(counts.items())) if counts else None,
+        other = sorted(k for k in before.keys() & settings.keys() if before[k] != settings[k])
+        if other and not cfg.overwrite:
+            what = ("other data" if other[0] == "data_hash" else
+                    f"{grouprank.flag(other[0])} {before[other[0]]}, not {settings[other[0]]}")
+            raise ValueError(f"{folder} was made with {what}: take another --out, or add"
+                             " --overwrite, which replaces the outputs and keeps the answers that"
+                             " were paid for")
+        exports = (f"export/{form}.*.jsonl" for form in EXPORTS)
+        for pattern in ("retriever.jsonl", "reranker.*.jsonl", "dropped.jsonl", *exports) if other else ():
+            for stale in folder.glob(pattern):
+                stale.unlink()
+    record = {"config": settings, "counts": dict(sorted(counts.items())) if counts else None,
               "versions": grouprank.provenance()}
     with evaluate.open_atomic(path) as file:
         json.dump(record, file, indent=2, ensure_ascii=False)
@@ -1320,11 +1378,12 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     if len(corpus) < size:
         print(f"note: the corpus has {len(corpus)} documents: pools hold these instead of {size}")
     excluded = read_excluded_queries(cfg)
+    data = hash_input(corpus, queries, excluded_docs)
     if cfg.dry_run:  # nothing may be lost on the way: the most that the job can take
         cfg = dataclasses.replace(
             cfg, max_overlap=1.0, round_trip_rank=size + 1, min_agreement=0.0)
     else:
-        write_record(cfg, folder)
+        write_record(cfg, folder, data)
     path = folder / "answers.jsonl"
     cache = AnswerCache(path if path.exists() or not cfg.dry_run else Path(os.devnull))
     ledger = Ledger(cfg.max_calls, cfg.max_tokens)
@@ -1349,7 +1408,7 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
               f" {ledger.cached:,} answers are there already. Nothing was asked or written.")
         return work
     check_left(work, samples)
-    write_outputs(work, topics, samples)
+    write_outputs(work, topics, samples, data)
     return work
 
 
@@ -1468,6 +1527,12 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
     """`--train-retriever`: contrastive training of --encoder on the rows of `path`."""
     if not cfg.encoder or not cfg.out:
         raise ValueError("--train-retriever needs --encoder MODEL and --out FOLDER")
+    out = Path(cfg.out).resolve()
+    inside = [name for name in (path, cfg.encoder)
+              if out in (Path(name).resolve(), *Path(name).resolve().parents)]
+    if inside or (out / "answers.jsonl").exists():
+        raise ValueError(f"--out {cfg.out} holds {inside[0] if inside else 'synthesised data'},"
+                         " which the retriever's folder would replace: take another --out")
     evaluate.refuse_overwrite(cfg.out, cfg.overwrite)
     rows = read_pairs(path)
     encoder = Encoder(cfg.encoder, cfg, dtype=torch.float32)
