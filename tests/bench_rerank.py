@@ -191,7 +191,7 @@ def print_tables(rows):
         seconds = [average(found, n) for n in ("seconds", "seconds_alone")]
         print(f"| {label} | {average(found, 'ndcg@10'):.4f} ({each}) | "
               + " | ".join(f"{x:.0f}" for x in numbers) + " | "
-              + " | ".join(f"{x:.3f}" for x in seconds) + " |")
+              + " | ".join(f"{x:.3f}" if x else "" for x in seconds) + " |")
     print("\n| c | " + " | ".join(f"t = {t}" for t in range(1, ROUNDS + 1)) + " |\n"
           + "|---" * (ROUNDS + 1) + "|")
     for size in SIZES:
