@@ -1369,9 +1369,9 @@ def write_record(cfg: Config, folder: Path, data: str, counts: Counter | None = 
                              " --overwrite, which replaces the outputs and keeps the answers that"
                              " were paid for")
         exports = (f"export/{form}.*.jsonl" for form in EXPORTS)
-        for pattern in ("retriever.jsonl", "reranker.*.jsonl", "dropped.jsonl", *exports) if other else ():
-            for stale in folder.glob(pattern):
-                stale.unlink()
+        ours = ("retriever.jsonl", "reranker.*.jsonl", "dropped.jsonl", *exports)
+        for stale in [path for pattern in ours if other for path in folder.glob(pattern)]:
+            stale.unlink()
     record = {"config": settings, "counts": dict(sorted(counts.items())) if counts else None,
               "versions": grouprank.provenance()}
     with evaluate.open_atomic(path) as file:
