@@ -2709,6 +2709,13 @@ def run_stages(job: Job, sft_done: bool) -> None:
     publish_model(model, job.tokenizer, out, describe_model(job, cfg.stage, 0))
 
 
+def files_inside(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of the given paths (empty ones aside) that lie in a folder, or are it."""
+    folder = folder.resolve()
+    return [name for name in names
+            if name and folder in (Path(name).resolve(), *Path(name).resolve().parents)]
+
+
 def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_scores) -> None:
     """Find what would fail later, before an old output goes and before hours of training."""
     if cfg.stage in ("sft", "both") and all(item.response is None for item in items):
@@ -2718,8 +2725,7 @@ def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_sc
     if eval_ids_without_scores:
         raise ValueError(f'{cfg.eval_data}: row {eval_ids_without_scores[0]!r} has no "scores",'
                          " which an evaluation needs")
-    inside = [name for name in (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file)
-              if name and out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents)]
+    inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
     if cfg.overwrite and inside:
         raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

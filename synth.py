@@ -1578,10 +1578,8 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
     """`--train-retriever`: contrastive training of --encoder on the rows of `path`."""
     if not cfg.encoder or not cfg.out:
         raise ValueError("--train-retriever needs --encoder MODEL and --out FOLDER")
-    out = Path(cfg.out).resolve()
-    inside = [name for name in (path, cfg.encoder)
-              if out in (Path(name).resolve(), *Path(name).resolve().parents)]
-    if inside or (out / "answers.jsonl").exists():
+    inside = grouprank.files_inside(Path(cfg.out), (path, cfg.encoder))
+    if inside or Path(cfg.out, "answers.jsonl").exists():
         raise ValueError(f"--out {cfg.out} holds {inside[0] if inside else 'synthesised data'},"
                          " which the retriever's folder would replace: take another --out")
     evaluate.refuse_overwrite(cfg.out, cfg.overwrite)
