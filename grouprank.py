@@ -3150,8 +3150,9 @@ def score_groups(backend: Backend, method: Method, queries: Sequence[Candidates]
     ask_groups(backend, method, [g for groups in groups_of for g in groups], cfg, counts, progress)
     rankings = []
     for query, groups in zip(queries, groups_of, strict=True):
-        means = [sum(v) / len(v) if v else None for v in gather_votes(query, groups)]
-        rankings.append(fuse_ranking(query, groups, means, cfg))
+        votes = gather_votes(query, groups)
+        means = [sum(v) / len(v) if v else None for v in votes]
+        rankings.append(fuse_ranking(query, groups, votes, means, cfg))
     return rankings
 
 
@@ -3179,8 +3180,9 @@ def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates
     rankings = []
     for query, order, groups in zip(queries, orders, groups_of, strict=True):
         falling = {i: SCORE_MAX * (1 - place / len(order)) for place, i in enumerate(order)}
-        means = [falling[i] if v else None for i, v in enumerate(gather_votes(query, groups))]
-        rankings.append(fuse_ranking(query, groups, means, cfg))
+        votes = gather_votes(query, groups)
+        means = [falling[i] if v else None for i, v in enumerate(votes)]
+        rankings.append(fuse_ranking(query, groups, votes, means, cfg))
     return rankings
 
 
@@ -3211,14 +3213,14 @@ def gather_votes(query: Candidates, groups: Sequence[Group]) -> list[list[int]]:
     return votes
 
 
-def fuse_ranking(query: Candidates, groups: Sequence[Group], means: list[float | None],
-                 cfg: Config) -> Ranking:
+def fuse_ranking(query: Candidates, groups: Sequence[Group], votes: list[list[int]],
+                 means: list[float | None], cfg: Config) -> Ranking:
     """Fuse each document's mean score with the first stage, and sort."""
     finals = fuse_scores(means, query.scores, cfg.fusion_weight)
     order = order_candidates(finals)
     assert sorted(order) == list(range(len(query.ids))), "every document once"
     reasons = [(group.docs, group.reason) for group in groups]
-    return Ranking(order, gather_votes(query, groups), means, finals, reasons)
+    return Ranking(order, votes, means, finals, reasons)
 
 
 def carried_scores(ranking: Ranking) -> list[float]:
