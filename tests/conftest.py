@@ -2,6 +2,9 @@
 
 import json
 import os
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,42 @@ def save_tiny_model(folder, kind="qwen2", texts=(), vocab_size=400, **options):
     tiny_model(kind, len(tokenizer), **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class ChatServer:
+    """A chat-completions server; `answer(body)` gives the text, or a status to fail with."""
+
+    def __init__(self, answer, delay_s=0.0):
+        self.bodies, outer = [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.bodies.append(body)
+                time.sleep(delay_s)
+                text = answer(body)
+                failed = isinstance(text, int)
+                message = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
+                           "usage": {"prompt_tokens": 10, "completion_tokens": 5}}  # fmt: skip
+                payload = json.dumps({"error": "no"} if failed else message).encode()
+                self.send_response(text if failed else 200)
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def write_rows(path, rows):

@@ -9,17 +9,15 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, save_tiny_model, write_rows
+from conftest import ChatServer, byte_tokenizer, save_tiny_model, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
@@ -70,42 +68,6 @@ SMALL = {"llm": "simulated", "min_doc_chars": 20, "near_duplicate": 0.95, "group
 def flags(**options):
     """Options as command-line arguments."""
     return [text for name, value in options.items() for text in (grouprank.flag(name), str(value))]
-
-
-class Server:
-    """A chat-completions server; `answer(body)` gives the text, or a status to fail with."""
-
-    def __init__(self, answer, delay_s=0.0):
-        self.bodies, outer = [], self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append(body)
-                time.sleep(delay_s)
-                text = answer(body)
-                failed = isinstance(text, int)
-                message = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
-                           "usage": {"prompt_tokens": 10, "completion_tokens": 5}}  # fmt: skip
-                payload = json.dumps({"error": "no"} if failed else message).encode()
-                self.send_response(text if failed else 200)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *exc):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def simulated(body):
@@ -467,7 +429,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     """SIGKILL in the middle; no answer that was written is asked for again."""
     folder = write_world(tmp_path / "w", n_docs=40, n_queries=4)
     options = SMALL | {"llm": "m", "data": folder, "concurrency": 4, "group_sizes": "5", "retries": 8}
-    with Server(simulated, delay_s=0.02) as server:
+    with ChatServer(simulated, delay_s=0.02) as server:
         arguments, parts = flags(**options, endpoint=server.url), tmp_path / "parts"
         command(monkeypatch, *arguments, "--out", tmp_path / "whole")
         n_whole, answers = len(server.bodies), parts / "answers.jsonl"
@@ -657,7 +619,7 @@ def test_an_endpoint_that_fails_or_is_down_is_one_clear_sentence(tmp_path, monke
     arguments = flags(**SMALL, data=folder, out=tmp_path / "out")
     with pytest.raises(ValueError, match=r"in a row were not answered; the last one: .*refused"):
         command(monkeypatch, *arguments, "--endpoint", "http://127.0.0.1:9/v1")
-    with Server(lambda body: 401) as server, pytest.raises(ValueError, match="HTTP 401"):
+    with ChatServer(lambda body: 401) as server, pytest.raises(ValueError, match="HTTP 401"):
         command(monkeypatch, *arguments, "--endpoint", server.url)
     small = write_world(tmp_path / "small", n_docs=6, n_queries=1)
     arguments = flags(**SMALL, data=small, out=tmp_path / "out2")
@@ -822,7 +784,7 @@ def test_real_passages_through_a_server(real_data, tmp_path, monkeypatch):
             text = json.dumps(scored) if '{"[1]"' in form else str(scores[0])
         return f"<reason>known</reason>\n<answer>\n{text}\n</answer>"
 
-    with Server(answer) as server:
+    with ChatServer(answer) as server:
         command(monkeypatch, *flags(data=tmp_path / "w", out=tmp_path / "out", llm="gold", endpoint=server.url,
                                      pool_random=15))
     rows = rows_of(tmp_path / "out" / "reranker.train.jsonl")

@@ -12,9 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import bench_trust
@@ -22,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from bench_trust import FAMILIES, HOSTILE, family_tokenizer
-from conftest import save_tiny_model, write_rows
+from conftest import ChatServer, save_tiny_model, write_rows
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -547,44 +545,23 @@ def test_a_teachers_answer_brings_one_special_token_the_end(family):
     assert [i for i in item.response if i in added] == [tokenizer.eos_token_id]
 
 
-class TokenisingServer:
-    """A server that tokenises each request as one that serves these families would."""
-
-    def __init__(self, tokenizers):
-        self.seen, outer = [], self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append({name: tokenizer.apply_chat_template(
-                    body["messages"], add_generation_prompt=True, return_dict=False)
-                    for name, tokenizer in tokenizers.items()})  # fmt: skip
-                text = '<reason>r</reason><answer>{"[1]": 5, "[2]": 3}</answer>'
-                data = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-                payload = json.dumps(data).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 def test_no_special_token_reaches_a_server_from_a_query_or_document():
     tokenizers = {name: family_tokenizer(name) for name in FAMILIES}
-    server = TokenisingServer(tokenizers)
-    ranker = grouprank.GroupRanker.from_pretrained("served", endpoint=server.url)
-    ranker.rank("query", ["first", "second"])
-    for attack in HOSTILE.values():
-        ranker.rank(attack[:20_000], [attack, "second"])
-    server.server.shutdown()
-    server.server.server_close()
-    honest, *attacked = server.seen
+    seen_by_server = []
+
+    def tokenise(body):
+        """Read a request as servers of these families would."""
+        seen_by_server.append({name: tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, return_dict=False)
+            for name, tokenizer in tokenizers.items()})  # fmt: skip
+        return '<reason>r</reason><answer>{"[1]": 5, "[2]": 3}</answer>'
+
+    with ChatServer(tokenise) as server:
+        ranker = grouprank.GroupRanker.from_pretrained("served", endpoint=server.url)
+        ranker.rank("query", ["first", "second"])
+        for attack in HOSTILE.values():
+            ranker.rank(attack[:20_000], [attack, "second"])
+    honest, *attacked = seen_by_server
     for name, tokenizer in tokenizers.items():
         expected = bench_trust.special_ids(tokenizer, honest[name])
         for attack, seen in zip(HOSTILE, attacked, strict=True):
