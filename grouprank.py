@@ -1757,6 +1757,27 @@ def shuffled_batch(n_rows: int, step: int, batch: int, seed: Sequence[int]) -> l
 # --- Checkpoints and logs -------------------------------------------------------------------------
 
 
+def open_alone(path: Path):
+    """Open and lock a file of an output folder; ValueError if another process has done so.
+
+    Two processes would write over each other, or pay for each answer twice. Closing the file ends
+    the lock, and so does the end of the process, however it comes.
+    """
+    import fcntl  # POSIX only
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process works on {path}: wait until it ends, or take another"
+                         " --out") from None
+    except OSError:  # a file system without locks, as some clusters have
+        pass
+    return file
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Write a folder under a temporary name, then rename it: it is there whole or not at all."""
@@ -2578,6 +2599,8 @@ def claim_output(cfg: Config, name: str) -> Path:
 
 def clear_output(cfg: Config, out: Path) -> None:
     """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
+    if (out / "run.json").exists():
+        open_alone(out / "run.json").close()  # not while another process trains there
     if cfg.overwrite and out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -2595,40 +2618,48 @@ def run_hash(record: dict) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
+def record_run(cfg: Config, prompt: Prompt, out: Path) -> tuple[dict, contextlib.ExitStack]:
     """Write run.json, or on --resume check that settings and data are those of the first start.
 
-    Returns what run.json holds.
+    Returns what run.json holds, and its lock: one process trains in a folder.
     """
     data = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
             for name in (cfg.data, cfg.eval_data) if name}
     record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
               "data": data}
     path = out / "run.json"
-    if cfg.resume:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in before["config"].items():
-            now = record["config"].get(name)
-            if name not in FREE_TO_CHANGE and now != value:
-                raise ValueError(f"{out} was trained with {flag(name)} {value}, not {now};"
-                                 " resume with the same settings or start a new --out")
-        if list(before["data"].values()) != list(record["data"].values()):
-            raise ValueError(f"the data have changed since {out} was started; start a new --out")
-        if before["prompt_hash"] != prompt.hash:
-            raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
-        versions = provenance()
-        changed = [f"{name} {old} -> {versions.get(name)}"
-                   for name, old in before["versions"].items() if old != versions.get(name)]
-        if changed:
-            print(f"note: the end may not be bit-identical; new since the start: {changed}")
+    with contextlib.ExitStack() as lock:
+        if cfg.resume:
+            lock.enter_context(open_alone(path))
+            before = json.loads(path.read_text(encoding="utf-8"))
+            check_same_run(out, before, record)
+            clear_leftovers(out)
+            return before, lock.pop_all()
+        clear_output(cfg, out)
         clear_leftovers(out)
-        return before
-    clear_output(cfg, out)
-    clear_leftovers(out)
-    record["command"], record["versions"] = sys.argv[1:], provenance()
-    with evaluate.open_atomic(path) as file:
-        json.dump(record, file, indent=2)
-    return record
+        record["command"], record["versions"] = sys.argv[1:], provenance()
+        with evaluate.open_atomic(path) as file:
+            json.dump(record, file, indent=2)
+        lock.enter_context(open_alone(path))
+        return record, lock.pop_all()
+
+
+def check_same_run(out: Path, before: dict, now: dict) -> None:
+    """Raise ValueError where settings, data or prompt are not those of run.json."""
+    for name, value in before["config"].items():
+        if name not in FREE_TO_CHANGE and now["config"].get(name) != value:
+            raise ValueError(f"{out} was trained with {flag(name)} {value}, not"
+                             f" {now['config'].get(name)};"
+                             " resume with the same settings or start a new --out")
+    if list(before["data"].values()) != list(now["data"].values()):
+        raise ValueError(f"the data have changed since {out} was started; start a new --out")
+    if before["prompt_hash"] != now["prompt_hash"]:
+        raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
+    versions = provenance()
+    changed = [f"{name} {old} -> {versions.get(name)}"
+               for name, old in before["versions"].items() if old != versions.get(name)]
+    if changed:
+        print(f"note: the end may not be bit-identical; new since the start: {changed}")
 
 
 def fit_context(model, cfg: Config) -> int:
@@ -2660,7 +2691,7 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     eval_items, eval_counts = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
     counts["shortened held-out"] = eval_counts["shortened"]
     check_run(cfg, out, items, [row.id for row in eval_rows if row.scores is None])
-    record = record_run(cfg, prompt, out)
+    record, lock = record_run(cfg, prompt, out)
     spare_threads(model)
     why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
     share_prompts(model, not why_not)
@@ -2670,7 +2701,7 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
               record=record)
     describe_job(job, encoder, counts)
     try:
-        with stop_on_signals(job):
+        with lock, stop_on_signals(job):
             run_stages(job, sft_done)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
@@ -3292,17 +3323,23 @@ def check_same_task(path: Path, before: dict, now: dict) -> None:
                              f" not {now.get(name)!r}; give the same settings, or --overwrite")
 
 
-def read_journal(path: Path, cfg: Config) -> list[dict]:
-    """The finished lines of an interrupted job; what a killed process left of a line goes."""
-    if cfg.overwrite:
-        path.unlink(missing_ok=True)
-    if not path.exists():
-        return []
-    if not cfg.resume:
-        raise ValueError(f"{path} holds a part of this job: add --resume to go on, or --overwrite")
-    content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
-    return list(evaluate.read_jsonl(path))
+@contextlib.contextmanager
+def open_journal(path: Path, cfg: Config) -> Iterator[list[dict]]:
+    """The finished lines of an interrupted job, for this process alone to continue.
+
+    What a killed process left of a line goes.
+    """
+    with open_alone(path):
+        content = b"" if cfg.overwrite else path.read_bytes()
+        if content and not cfg.resume:
+            raise ValueError(f"{path} holds a part of this job: add --resume to go on, or"
+                             " --overwrite")
+        os.truncate(path, content.rfind(b"\n") + 1)
+        try:
+            yield list(evaluate.read_jsonl(path))
+        finally:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
 
 
 def append_line(path: Path, line: dict) -> None:
@@ -3343,28 +3380,30 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     if number > len(queries):
         raise ValueError(f"--shard {cfg.shard}: there are only {len(queries)} queries")
     queries = queries[number - 1 :: n_parts]
-    batches = read_journal(partial, cfg)
-    for batch in batches:
-        check_same_task(partial, batch["task"], task)
-    for note, n in notes.items():
-        if n:
-            print(f"note: {n} {note}")
-    backend = load_backend(cfg)
-    spare_threads(backend.model)
-    print(describe_job_size(cfg, prompt, queries, backend), flush=True)
-    if batches:
-        print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries", flush=True)
-    started = time.perf_counter()
-    for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True, len(batches)):
-        run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
-        append_line(partial, batches[-1])
-    rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
-    record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
-              "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
-    write_reranked(out, rows, batches, record)
-    partial.unlink()
+    with open_journal(partial, cfg) as batches:
+        for batch in batches:
+            check_same_task(partial, batch["task"], task)
+        for note, n in notes.items():
+            if n:
+                print(f"note: {n} {note}")
+        backend = load_backend(cfg)
+        spare_threads(backend.model)
+        print(describe_job_size(cfg, prompt, queries, backend), flush=True)
+        if batches:
+            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries",
+                  flush=True)
+        started = time.perf_counter()
+        todo = rank_batches(backend, prompt, queries, cfg, True, len(batches))
+        for batch, rankings, counts in todo:
+            run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
+            append_line(partial, batches[-1])
+        rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
+        record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
+                  "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
+        write_reranked(out, rows, batches, record)
+        partial.unlink()
 
 
 def ranked_pairs(query: Candidates, ranking: Ranking) -> list[tuple[str, float]]:
@@ -3470,26 +3509,28 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
     inputs = {key: read_candidates(cfg) for key, cfg in inputs.items()}
     if not all(collection.qrels for _, collection, _ in inputs.values()):
         raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
-    done = {json.dumps(line.get("task")): line for line in read_journal(path, base)}
-    backend = load_backend(base)
-    spare_threads(backend.model)
-    print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
-    for values, cfg in zip(combinations, tasks, strict=True):
-        queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
-        task = describe_task(cfg, prompts[cfg.method], queries)
-        line = done.get(json.dumps(task))
-        if line is None:
-            counts, started = Counter(), time.perf_counter()
-            rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
-            seconds = time.perf_counter() - started
-            run = {q.qid: dict(ranked_pairs(q, r)) for q, r in zip(queries, rankings, strict=True)}
-            line = {name: getattr(cfg, name) for name in PLAN} | values
-            line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
-                     "seconds": round(seconds, 3), **counts, "task": task}
-            append_line(path, line)
-        print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
-              + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls and"
-              f" {line['seconds'] / line['queries']:.2f} s a query", flush=True)
+    with open_journal(path, base) as lines:
+        done = {json.dumps(line.get("task")): line for line in lines}
+        backend = load_backend(base)
+        spare_threads(backend.model)
+        print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
+        for values, cfg in zip(combinations, tasks, strict=True):
+            queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
+            task = describe_task(cfg, prompts[cfg.method], queries)
+            line = done.get(json.dumps(task))
+            if line is None:
+                counts, started = Counter(), time.perf_counter()
+                rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
+                seconds = time.perf_counter() - started
+                run = {q.qid: dict(ranked_pairs(q, r))
+                       for q, r in zip(queries, rankings, strict=True)}
+                line = {name: getattr(cfg, name) for name in PLAN} | values
+                line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
+                         "seconds": round(seconds, 3), **counts, "task": task}
+                append_line(path, line)
+            print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
+                  + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls"
+                  f" and {line['seconds'] / line['queries']:.2f} s a query", flush=True)
 
 
 def describe_counts(counts: Counter) -> str:

@@ -281,6 +281,30 @@ def test_a_run_killed_before_it_began_can_be_started_again(cfg, tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_second_process_is_refused_in_the_folder_of_a_run(cfg, whole, tmp_path, monkeypatch):
+    """Resumed, started anew, or told to overwrite; when the first has ended it may go on."""
+    out, refused = tmp_path / "run", pytest.raises(ValueError, match="another process works on .*run.json")
+
+    def twice():
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for more in ({"resume": True}, {"overwrite": True}, {}):
+            with refused:
+                grouprank.train(dataclasses.replace(cfg, **more), PROMPT, out)
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after_step(patch, "sft", 2, twice)
+        grouprank.train(cfg, PROMPT, out)
+    assert resumed(cfg, out) == whole
+
+
+def test_a_folder_of_a_file_system_without_locks_is_used_nevertheless(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    with grouprank.open_alone(tmp_path / "run.json"), grouprank.open_alone(tmp_path / "run.json"):
+        pass
+
+
 def test_rewinding_the_log_loses_no_line_with_an_unusual_line_break(tmp_path):
     log = grouprank.Log(tmp_path)
     rows = [{"id": "r", "text": "a\u2028b\x85c\x0bd"}]
