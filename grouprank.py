@@ -2614,8 +2614,26 @@ FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "e
 def run_hash(record: dict) -> str:
     """Twelve hex digits of what decides a run's result; every checkpoint carries them."""
     config = {k: v for k, v in record.get("config", {}).items() if k not in FREE_TO_CHANGE}
-    parts = [config, record.get("prompt_hash"), list(record.get("data", {}).values())]
+    parts = [config, record.get("prompt_hash"), record.get("base_model"),
+             list(record.get("data", {}).values())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def hash_files(paths: Sequence[str | Path]) -> str:
+    """Sixteen hex digits of the files' contents; about a second for each gigabyte."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def base_model_files(name: str) -> list[Path]:
+    """Weights, configuration and tokenizer of a model's folder, or of a hub name's local copy."""
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+    kinds = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "*.jinja")
+    return sorted(path for kind in kinds for path in folder.glob(kind) if path.is_file())
 
 
 def record_run(cfg: Config, prompt: Prompt, out: Path) -> tuple[dict, contextlib.ExitStack]:
@@ -2623,10 +2641,9 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> tuple[dict, contextlib
 
     Returns what run.json holds, and its lock: one process trains in a folder.
     """
-    data = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
-            for name in (cfg.data, cfg.eval_data) if name}
     record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
-              "data": data}
+              "data": {name: hash_files([name]) for name in (cfg.data, cfg.eval_data) if name},
+              "base_model": hash_files(base_model_files(cfg.model))}
     path = out / "run.json"
     with contextlib.ExitStack() as lock:
         if cfg.resume:
@@ -2655,6 +2672,9 @@ def check_same_run(out: Path, before: dict, now: dict) -> None:
         raise ValueError(f"the data have changed since {out} was started; start a new --out")
     if before["prompt_hash"] != now["prompt_hash"]:
         raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
+    if before["base_model"] != now["base_model"]:
+        raise ValueError(f"the files of {now['config']['model']} have changed since {out} was"
+                         " started; start a new --out")
     versions = provenance()
     changed = [f"{name} {old} -> {versions.get(name)}"
                for name, old in before["versions"].items() if old != versions.get(name)]

@@ -792,6 +792,7 @@ def test_meta_json_says_what_made_the_model(cfg, tmp_path, monkeypatch):
         assert {"grouprank", "git_commit", "python", "torch", "transformers", "numpy"} == meta["versions"].keys()
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["data"] == meta["data"] and run["command"] == meta["command"]
+    assert len(run["base_model"]) == 16
 
 
 def test_a_resume_with_other_versions_says_so(cfg, tmp_path, monkeypatch, capsys):
@@ -800,6 +801,22 @@ def test_a_resume_with_other_versions_says_so(cfg, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(grouprank, "provenance", lambda: versions)
     resumed(cfg, tmp_path)
     assert f"new since the start: ['torch {torch.__version__} -> 1.0']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_base_model_that_changed_in_place_is_refused(place, tmp_path, name):
+    """LoRA's checkpoints hold the adapter alone: over other weights it would be another model."""
+    base = tmp_path / "base"
+    shutil.copytree(place / "qwen2", base)
+    cfg = settings(place, model=str(base), stage="sft", lora_rank=4)
+    grouprank.train(cfg, PROMPT, tmp_path / "run")
+    before = (base / name).read_bytes()
+    (base / name).write_bytes(before[:-9] + before[-9:].replace(b"}", b" }") if name[0] == "t"
+                              else before[:-1] + bytes([before[-1] ^ 1]))  # fmt: skip
+    with pytest.raises(ValueError, match=rf"the files of {base} have changed since"):
+        grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
+    (base / name).write_bytes(before)
+    grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
 
 
 def test_half_a_surrogate_pair_in_a_row_is_named_before_training():
