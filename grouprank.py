@@ -1999,7 +1999,7 @@ class Job:
         prompts = [item.prompt for item in items]
         cache_gib = share * cache_budget_gib(self.cfg, self.machine)
         try:
-            with self.machine.autocast():
+            with self.machine.autocast(), memory_errors():
                 return generate(self.model.eval(), prompts, seeds, temperature=temperature,
                                 max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
                                 cache_gib=cache_gib, shared=self.shared)
@@ -2110,6 +2110,18 @@ class Optimizer:
         self.scaler.load_state_dict(state["scaler"])
 
 
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError where a library says in its own words that memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = r"out of memory|_ALLOC_FAILED|_ALLOCATION_FAILED|can't allocate memory"
+        if isinstance(error, torch.OutOfMemoryError) or not re.search(words, str(error)):
+            raise
+        raise torch.OutOfMemoryError(first_line(error)) from error
+
+
 @dataclass
 class Pass:
     """One forward and backward pass of a step, with what later updates of the batch reuse."""
@@ -2159,7 +2171,8 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
         sums = Counter(dropped=n_dropped)
         for number in range(len(passes)):
             try:
-                results = run_pass(passes[number])
+                with memory_errors():
+                    results = run_pass(passes[number])
             except torch.OutOfMemoryError:
                 break  # and go on outside, where the tensors of the failed pass are gone
             passes[number].loss = results["loss"]

@@ -337,7 +337,7 @@ def memory_for(monkeypatch, n_tokens, backward=False):
 
         def fail(_):
             hook.remove()
-            raise torch.OutOfMemoryError("simulated")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
         hook = weight.register_hook(fail)
         return results
@@ -363,6 +363,18 @@ def grpo_step(cfg, tmp_path):
     job.checked = True
     numbers = grouprank.grpo_step(job, policy, reference, job.items, 10, optimizer, 0)
     return numbers, gradients_of(job)
+
+
+def test_missing_memory_is_known_by_the_words_of_each_library():
+    with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"), grouprank.memory_errors():
+        torch.empty(2**50, dtype=torch.uint8)  # on a CPU too
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                  "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"):  # fmt: skip
+        with pytest.raises(torch.OutOfMemoryError), grouprank.memory_errors():
+            raise RuntimeError(words)
+    with pytest.raises(RuntimeError) as other, grouprank.memory_errors():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert type(other.value) is RuntimeError
 
 
 @pytest.mark.parametrize("backward", [False, True])
