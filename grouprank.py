@@ -2649,50 +2649,43 @@ def base_model_files(name: str) -> list[Path]:
     return sorted(path for kind in kinds for path in folder.glob(kind) if path.is_file())
 
 
-def record_run(cfg: Config, prompt: Prompt, out: Path) -> tuple[dict, contextlib.ExitStack]:
+def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
     """Write run.json, or on --resume check that settings and data are those of the first start.
 
-    Returns what run.json holds, and its lock: one process trains in a folder.
+    Returns what run.json holds.
     """
     record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
               "data": {name: hash_files([name]) for name in (cfg.data, cfg.eval_data) if name},
               "base_model": hash_files(base_model_files(cfg.model))}
     path = out / "run.json"
-    with contextlib.ExitStack() as lock:
-        if cfg.resume:
-            lock.enter_context(open_alone(path))
-            before = json.loads(path.read_text(encoding="utf-8"))
-            check_same_run(out, before, record)
-            clear_leftovers(out)
-            return before, lock.pop_all()
-        clear_output(cfg, out)
+    if cfg.resume:
+        open_alone(path).close()  # before anything there is changed
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in before["config"].items():
+            now = record["config"].get(name)
+            if name not in FREE_TO_CHANGE and now != value:
+                raise ValueError(f"{out} was trained with {flag(name)} {value}, not {now};"
+                                 " resume with the same settings or start a new --out")
+        if list(before["data"].values()) != list(record["data"].values()):
+            raise ValueError(f"the data have changed since {out} was started; start a new --out")
+        if before["prompt_hash"] != prompt.hash:
+            raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
+        if before["base_model"] != record["base_model"]:
+            raise ValueError(f"the files of {cfg.model} have changed since {out} was started;"
+                             " start a new --out")
+        versions = provenance()
+        changed = [f"{name} {old} -> {versions.get(name)}"
+                   for name, old in before["versions"].items() if old != versions.get(name)]
+        if changed:
+            print(f"note: the end may not be bit-identical; new since the start: {changed}")
         clear_leftovers(out)
-        record["command"], record["versions"] = sys.argv[1:], provenance()
-        with evaluate.open_atomic(path) as file:
-            json.dump(record, file, indent=2)
-        lock.enter_context(open_alone(path))
-        return record, lock.pop_all()
-
-
-def check_same_run(out: Path, before: dict, now: dict) -> None:
-    """Raise ValueError where settings, data or prompt are not those of run.json."""
-    for name, value in before["config"].items():
-        if name not in FREE_TO_CHANGE and now["config"].get(name) != value:
-            raise ValueError(f"{out} was trained with {flag(name)} {value}, not"
-                             f" {now['config'].get(name)};"
-                             " resume with the same settings or start a new --out")
-    if list(before["data"].values()) != list(now["data"].values()):
-        raise ValueError(f"the data have changed since {out} was started; start a new --out")
-    if before["prompt_hash"] != now["prompt_hash"]:
-        raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
-    if before["base_model"] != now["base_model"]:
-        raise ValueError(f"the files of {now['config']['model']} have changed since {out} was"
-                         " started; start a new --out")
-    versions = provenance()
-    changed = [f"{name} {old} -> {versions.get(name)}"
-               for name, old in before["versions"].items() if old != versions.get(name)]
-    if changed:
-        print(f"note: the end may not be bit-identical; new since the start: {changed}")
+        return before
+    clear_output(cfg, out)
+    clear_leftovers(out)
+    record["command"], record["versions"] = sys.argv[1:], provenance()
+    with evaluate.open_atomic(path) as file:
+        json.dump(record, file, indent=2)
+    return record
 
 
 def fit_context(model, cfg: Config) -> int:
@@ -2724,7 +2717,7 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     eval_items, eval_counts = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
     counts["shortened held-out"] = eval_counts["shortened"]
     check_run(cfg, out, items, [row.id for row in eval_rows if row.scores is None])
-    record, lock = record_run(cfg, prompt, out)
+    record = record_run(cfg, prompt, out)
     spare_threads(model)
     why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
     share_prompts(model, not why_not)
@@ -2734,7 +2727,7 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
               record=record)
     describe_job(job, encoder, counts)
     try:
-        with lock, stop_on_signals(job):
+        with open_alone(out / "run.json"), stop_on_signals(job):
             run_stages(job, sft_done)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
