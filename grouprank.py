@@ -1854,6 +1854,27 @@ def shuffled_batch(n_rows: int, step: int, batch: int, seed: Sequence[int]) -> l
 # --- Checkpoints and logs -------------------------------------------------------------------------
 
 
+def open_alone(path: Path):
+    """Open and lock a file of an output folder; ValueError if another process has done so.
+
+    Two processes would write over each other, or pay for each answer twice. Closing the file ends
+    the lock, and so does the end of the process, however it comes.
+    """
+    import fcntl  # POSIX only
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process works on {path}: wait until it ends, or take another"
+                         " --out") from None
+    except OSError:  # a file system without locks, as some clusters have
+        pass
+    return file
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Write a folder under a temporary name, then rename it: it is there whole or not at all."""
@@ -2111,7 +2132,7 @@ class Job:
         model = self.model if self.replica is None else self.replica
         cache_gib = share * cache_budget_gib(self.cfg, self.machine)
         try:
-            with self.machine.autocast():
+            with self.machine.autocast(), memory_errors():
                 return generate(model.eval(), prompts, seeds, temperature=temperature,
                                 max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
                                 cache_gib=cache_gib, shared=self.shared)
@@ -2251,6 +2272,18 @@ class Optimizer:
         self.scaler.load_state_dict(state["scaler"])
 
 
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError where a library says in its own words that memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = r"out of memory|_ALLOC_FAILED|_ALLOCATION_FAILED|can't allocate memory"
+        if isinstance(error, torch.OutOfMemoryError) or not re.search(words, str(error)):
+            raise
+        raise torch.OutOfMemoryError(first_line(error)) from error
+
+
 @dataclass
 class Pass:
     """One forward and backward pass of a step, with what later updates of the batch reuse."""
@@ -2311,7 +2344,8 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
         sums = Counter(dropped=n_dropped, passes=sum(bool(part.ids) for part in passes))
         for number in range(len(passes)):
             try:
-                results = run_pass(passes[number])
+                with memory_errors():
+                    results = run_pass(passes[number])
             except torch.OutOfMemoryError:
                 if job.replica is not None:
                     raise
@@ -2771,6 +2805,8 @@ def claim_output(cfg: Config, name: str) -> Path:
 
 def clear_output(cfg: Config, out: Path) -> None:
     """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
+    if (out / "run.json").exists():
+        open_alone(out / "run.json").close()  # not while another process trains there
     if cfg.overwrite and out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -2784,8 +2820,26 @@ FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "e
 def run_hash(record: dict) -> str:
     """Twelve hex digits of what decides a run's result; every checkpoint carries them."""
     config = {k: v for k, v in record.get("config", {}).items() if k not in FREE_TO_CHANGE}
-    parts = [config, record.get("prompt_hash"), list(record.get("data", {}).values())]
+    parts = [config, record.get("prompt_hash"), record.get("base_model"),
+             list(record.get("data", {}).values())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def hash_files(paths: Sequence[str | Path]) -> str:
+    """Sixteen hex digits of the files' contents; about a second for each gigabyte."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def base_model_files(name: str) -> list[Path]:
+    """Weights, configuration and tokenizer of a model's folder, or of a hub name's local copy."""
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+    kinds = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "*.jinja")
+    return sorted(path for kind in kinds for path in folder.glob(kind) if path.is_file())
 
 
 def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
@@ -2793,12 +2847,12 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
 
     Returns what run.json holds.
     """
-    data = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
-            for name in (cfg.data, cfg.eval_data) if name}
     record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
-              "data": data}
+              "data": {name: hash_files([name]) for name in (cfg.data, cfg.eval_data) if name},
+              "base_model": hash_files(base_model_files(cfg.model))}
     path = out / "run.json"
     if cfg.resume:
+        open_alone(path).close()  # before anything there is changed
         before = json.loads(path.read_text(encoding="utf-8"))
         for name, value in before["config"].items():
             now = record["config"].get(name)
@@ -2809,6 +2863,9 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
             raise ValueError(f"the data have changed since {out} was started; start a new --out")
         if before["prompt_hash"] != prompt.hash:
             raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
+        if before["base_model"] != record["base_model"]:
+            raise ValueError(f"the files of {cfg.model} have changed since {out} was started;"
+                             " start a new --out")
         versions = provenance()
         changed = [f"{name} {old} -> {versions.get(name)}"
                    for name, old in before["versions"].items() if old != versions.get(name)]
@@ -2871,8 +2928,9 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     if sharded:
         job.replica = copy.deepcopy(model).to(machine.device, machine.dtype)
         shard(job.policy, machine.device)
+    alone = contextlib.nullcontext() if processes()[0] else open_alone(out / "run.json")
     try:
-        with stop_on_signals(job):
+        with alone, stop_on_signals(job):
             run_stages(job, sft_done)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
@@ -3499,17 +3557,23 @@ def check_same_task(path: Path, before: dict, now: dict) -> None:
                              f" not {now.get(name)!r}; give the same settings, or --overwrite")
 
 
-def read_journal(path: Path, cfg: Config) -> list[dict]:
-    """The finished lines of an interrupted job; what a killed process left of a line goes."""
-    if cfg.overwrite:
-        path.unlink(missing_ok=True)
-    if not path.exists():
-        return []
-    if not cfg.resume:
-        raise ValueError(f"{path} holds a part of this job: add --resume to go on, or --overwrite")
-    content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
-    return list(evaluate.read_jsonl(path))
+@contextlib.contextmanager
+def open_journal(path: Path, cfg: Config) -> Iterator[list[dict]]:
+    """The finished lines of an interrupted job, for this process alone to continue.
+
+    What a killed process left of a line goes.
+    """
+    with open_alone(path):
+        content = b"" if cfg.overwrite else path.read_bytes()
+        if content and not cfg.resume:
+            raise ValueError(f"{path} holds a part of this job: add --resume to go on, or"
+                             " --overwrite")
+        os.truncate(path, content.rfind(b"\n") + 1)
+        try:
+            yield list(evaluate.read_jsonl(path))
+        finally:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
 
 
 def append_line(path: Path, line: dict) -> None:
@@ -3550,28 +3614,30 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     if number > len(queries):
         raise ValueError(f"--shard {cfg.shard}: there are only {len(queries)} queries")
     queries = queries[number - 1 :: n_parts]
-    batches = read_journal(partial, cfg)
-    for batch in batches:
-        check_same_task(partial, batch["task"], task)
-    for note, n in notes.items():
-        if n:
-            print(f"note: {n} {note}")
-    backend = load_backend(cfg)
-    spare_threads(backend.model)
-    print(describe_job_size(cfg, prompt, queries, backend), flush=True)
-    if batches:
-        print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries", flush=True)
-    started = time.perf_counter()
-    for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True, len(batches)):
-        run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
-        append_line(partial, batches[-1])
-    rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
-    record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
-              "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
-    write_reranked(out, rows, batches, record)
-    partial.unlink()
+    with open_journal(partial, cfg) as batches:
+        for batch in batches:
+            check_same_task(partial, batch["task"], task)
+        for note, n in notes.items():
+            if n:
+                print(f"note: {n} {note}")
+        backend = load_backend(cfg)
+        spare_threads(backend.model)
+        print(describe_job_size(cfg, prompt, queries, backend), flush=True)
+        if batches:
+            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries",
+                  flush=True)
+        started = time.perf_counter()
+        todo = rank_batches(backend, prompt, queries, cfg, True, len(batches))
+        for batch, rankings, counts in todo:
+            run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
+            append_line(partial, batches[-1])
+        rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
+        record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
+                  "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
+        write_reranked(out, rows, batches, record)
+        partial.unlink()
 
 
 def ranked_pairs(query: Candidates, ranking: Ranking) -> list[tuple[str, float]]:
@@ -3677,26 +3743,28 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
     inputs = {key: read_candidates(cfg) for key, cfg in inputs.items()}
     if not all(collection.qrels for _, collection, _ in inputs.values()):
         raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
-    done = {json.dumps(line.get("task")): line for line in read_journal(path, base)}
-    backend = load_backend(base)
-    spare_threads(backend.model)
-    print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
-    for values, cfg in zip(combinations, tasks, strict=True):
-        queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
-        task = describe_task(cfg, prompts[cfg.method], queries)
-        line = done.get(json.dumps(task))
-        if line is None:
-            counts, started = Counter(), time.perf_counter()
-            rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
-            seconds = time.perf_counter() - started
-            run = {q.qid: dict(ranked_pairs(q, r)) for q, r in zip(queries, rankings, strict=True)}
-            line = {name: getattr(cfg, name) for name in PLAN} | values
-            line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
-                     "seconds": round(seconds, 3), **counts, "task": task}
-            append_line(path, line)
-        print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
-              + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls and"
-              f" {line['seconds'] / line['queries']:.2f} s a query", flush=True)
+    with open_journal(path, base) as lines:
+        done = {json.dumps(line.get("task")): line for line in lines}
+        backend = load_backend(base)
+        spare_threads(backend.model)
+        print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
+        for values, cfg in zip(combinations, tasks, strict=True):
+            queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
+            task = describe_task(cfg, prompts[cfg.method], queries)
+            line = done.get(json.dumps(task))
+            if line is None:
+                counts, started = Counter(), time.perf_counter()
+                rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
+                seconds = time.perf_counter() - started
+                run = {q.qid: dict(ranked_pairs(q, r))
+                       for q, r in zip(queries, rankings, strict=True)}
+                line = {name: getattr(cfg, name) for name in PLAN} | values
+                line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
+                         "seconds": round(seconds, 3), **counts, "task": task}
+                append_line(path, line)
+            print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
+                  + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls"
+                  f" and {line['seconds'] / line['queries']:.2f} s a query", flush=True)
 
 
 def describe_counts(counts: Counter) -> str:
