@@ -71,6 +71,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -200,6 +201,9 @@ class Config:
         "paper Eq. 5: 0.1", "grpo")
     ndcg_weight: float = setting(1.0, "weight of NDCG@10 in the reward; 0 is the ablation",
         "paper Eq. 5: 1", "grpo")
+    rollout_endpoint: tuple[str, ...] = setting((),
+        "URLs of vLLM servers (…/v1) that serve --model and answer the prompts, all with the"
+        " adapter of the step; none: this process answers", "ours", "grpo")
     rbo_weight: float = setting(0.0, "weight of rank-biased overlap in the reward",
         "paper v1 has it, v3 does not: 0", "grpo")
     relevance_level: int = setting(5,
@@ -2010,6 +2014,7 @@ class Log:
         ("format_ok", "ok", "{:.0%}"), ("kl", "kl", "{:.4f}"), ("entropy", "entropy", "{:.3f}"),
         ("completion_tokens", "len", "{:.0f}"), ("truncated", "cut", "{:.0%}"),
         ("zero_spread", "flat", "{:.0%}"), ("clip_share", "clip", "{:.1%}"),
+        ("mismatch", "mismatch", "{:.4f}"),
         ("grad_norm", "|g|", "{:.2f}"), ("lr", "lr", "{:.1e}"), ("tokens_per_s", "tok/s", "{:.0f}"),
         ("skipped", "SKIPPED", "{:.0f}"), ("dropped", "dropped", "{:.0f}"),
     )
@@ -2072,6 +2077,12 @@ def clock(seconds: float) -> str:
 # --- Optimizer steps, shared by both stages -------------------------------------------------------
 
 
+class Sampled(NamedTuple):
+    """An answer: its token ids, and its log-probabilities where a server told them."""
+    ids: list[int]
+    logp: list[float] | None = None
+
+
 @dataclass
 class Job:
     """A training run: what both stages work on."""
@@ -2094,17 +2105,26 @@ class Job:
     skipped: list[list[Pass]] = field(default_factory=list)  # the latest steps without an update
     policy: Policy | None = None
     replica: nn.Module | None = None  # with sharded weights: a whole copy of them, which decodes
+    servers: Callable | None = None  # with --rollout-endpoint: they decode, as RolloutServers has it
+    step: int = 0  # optimizer steps of the stage so far
 
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
         return end_token_ids(self.model, self.tokenizer)
 
-    def answer(self, items: list[Item], seeds, temperature: float = 1.0) -> list[list[list[int]]]:
-        """Decode answers to prompts, as many for each as it has seeds; every process a share."""
-        self.refresh_replica()
+    def answer(self, items: list[Item], seeds, temperature: float = 1.0) -> list[list[Sampled]]:
+        """Answers to prompts, as many for each as it has seeds; every process asks for a share.
+
+        A prompt that could not be answered has none.
+        """
         mine = my_share([len(item.prompt) for item in items])
-        answers = self.decode([items[i] for i in mine], [seeds[i] for i in mine], temperature)
+        share = [items[i] for i in mine], [seeds[i] for i in mine], temperature
+        if self.servers is not None:
+            answers = self.servers(self, *share)
+        else:
+            self.refresh_replica()
+            answers = [[Sampled(ids) for ids in row] for row in self.decode(*share)]
         found = {i: row for part in gather(list(zip(mine, answers, strict=True)))
                  for i, row in part}
         return [found[i] for i in range(len(items))]
@@ -2293,6 +2313,8 @@ class Pass:
     weights: Tensor | None = None
     ref_logp: Tensor | None = None
     old_logp: Tensor | None = None  # set by the first update
+    sampler_logp: Tensor | None = None  # what a server said; NaN where it said nothing
+    gap: Tensor | None = None  # |old_logp here - sampler_logp|
     again: bool = False  # whether memory ran out at this prompt alone
     loss: float = 0.0
 
@@ -2473,6 +2495,7 @@ def train_loop(job: Job, stage: str, n_steps: int,
     if state is not None:
         optimizer.load(state)
         first, job.best = state["step"], state["best"]
+        job.step = first
         # Half precision could decide the other way this time, and the run would not be the same.
         job.use_shared_prompts(state["shared"])
         job.checked = state["checked"]
@@ -2490,6 +2513,7 @@ def train_loop(job: Job, stage: str, n_steps: int,
             raise SystemExit(128 + stop)
         started = time.perf_counter()
         numbers = take_step(optimizer, step)
+        job.step = step + 1
         spent += time.perf_counter() - started
         eta_s = spent / (step + 1) * (n_steps - step - 1)
         job.log.write(stage, step + 1, n_steps, numbers, eta_s)
@@ -2517,8 +2541,8 @@ def keep_best(job: Job, stage: str, step: int, n_steps: int) -> None:
         return
     answers = job.answer(job.eval_items, [[(0,)]] * len(job.eval_items), temperature=0.0)
     # A row without an answer, as memory ran out, counts as one in a wrong format too.
-    rewards = [score_completion(job.text(ids[0]) if ids else "", item.gold)
-               for ids, item in zip(answers, job.eval_items, strict=True)]
+    rewards = [score_completion(job.text(row[0].ids) if row else "", item.gold)
+               for row, item in zip(answers, job.eval_items, strict=True)]
     numbers = {"eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
                "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards]))}
     job.log.write(stage, step, n_steps, numbers)
@@ -2601,7 +2625,8 @@ class RolloutBatch:
     texts: list[list[str]]  # (B, G)
     rewards: list[list[Reward]]  # (B, G)
     truncated: np.ndarray  # (B, G) answers that were cut at max_new_tokens
-    dropped: int = 0  # prompts that there was no memory for; they are not in the lists
+    dropped: int = 0  # prompts without memory or answer; they are not in the lists
+    logps: list[list[list[float] | None]] | None = None  # (B, G) of the server that sampled
 
 
 def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
@@ -2615,7 +2640,8 @@ def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
         seen[item.id] += 1
     answers = job.answer(items, seeds)
     items = [item for item, row in zip(items, answers, strict=True) if row]
-    completions = [row for row in answers if row]
+    completions = [[ids for ids, _ in row] for row in answers if row]
+    logps = [[logp for _, logp in row] for row in answers if row] if job.servers else None
     texts = [[job.text(ids) for ids in row] for row in completions]
     truncated = np.array([[ids[-1] not in ends for ids in row] for row in completions])
     reward = functools.partial(score_completion, relevance_level=cfg.relevance_level,
@@ -2623,7 +2649,7 @@ def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
                                align_weight=cfg.align_weight, rbo_weight=cfg.rbo_weight)
     rewards = [[reward(t, i.gold) for t in row] for row, i in zip(texts, items, strict=True)]
     n_dropped = len(answers) - len(items)
-    return RolloutBatch(items, completions, texts, rewards, truncated, n_dropped)
+    return RolloutBatch(items, completions, texts, rewards, truncated, n_dropped, logps)
 
 
 def rollout_numbers(batch: RolloutBatch) -> dict:
@@ -2678,7 +2704,11 @@ def build_passes(batch: RolloutBatch, advantages: np.ndarray, cfg: Config, share
         per_token = np.repeat(per_sequence, counts)
         weights = np.repeat([1 / (n_sequences * n) for n in counts], counts)
         tensors = torch.tensor(np.stack([per_token, weights]), dtype=torch.float32, device=device)
-        passes.append(Pass([batch.items[b].id for b, _ in chunk], blocks, *tensors))
+        part = Pass([batch.items[b].id for b, _ in chunk], blocks, *tensors)
+        if batch.logps is not None:
+            told = [batch.logps[b][g] or [math.nan] * lengths[b][g] for b, gs in chunk for g in gs]
+            part.sampler_logp = torch.tensor(list(itertools.chain(*told)), device=device)
+        passes.append(part)
     return passes
 
 
@@ -2697,6 +2727,9 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
         if first:
             # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
             part.old_logp = logp.detach()
+            if part.sampler_logp is not None:  # by a server, which never agrees exactly
+                part.gap = (part.old_logp - part.sampler_logp).abs()
+                part.old_logp = part.sampler_logp.where(~part.gap.isnan(), part.old_logp)
         loss = grpo_loss(logp, part.old_logp, part.ref_logp, part.advantages, part.weights,
                          clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef)
         optimizer.backward(loss)
@@ -2708,8 +2741,13 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
 
     sums = run_passes(job, passes, optimizer, run_pass)
     n = max(sums["tokens"], 1)
-    return finish_step(job, passes, sums, optimizer, lr) | {
-        "kl": sums["kl"] / n, "entropy": sums["entropy"] / n, "clip_share": sums["clipped"] / n}
+    numbers = {"kl": sums["kl"] / n, "entropy": sums["entropy"] / n,
+               "clip_share": sums["clipped"] / n}
+    if job.servers is not None:
+        own = [x for part in passes if part.gap is not None for x in part.gap.tolist()]
+        gaps = [x for other in gather(own) for x in other if not math.isnan(x)] or [math.nan]
+        numbers |= {"mismatch": sum(gaps) / len(gaps), "mismatch_max": max(gaps)}
+    return finish_step(job, passes, sums, optimizer, lr) | numbers
 
 
 def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int) -> dict:
