@@ -70,6 +70,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -369,14 +370,22 @@ def read_prompt(path: str) -> Prompt:
         raise ValueError(f"{path}: {error}") from None
 
 
-_GAP = r"[\s\u200c\u200d]{0,9}"
-_BRACKETED = re.compile(rf"[\[［【]{_GAP}(\d{{1,9}}){_GAP}[\]］】]")
-_TAGS = re.compile(r"<\s{0,9}(/?)\s{0,9}(reason|answer|think)\s{0,9}>", re.IGNORECASE)
-# Control and format characters; kept: tab, newline, and the joiners that Persian and emoji need.
+# Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
+_HIDDEN = r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef"
+_GAP = rf"[\s{_HIDDEN}]*"
+_BRACKETED = re.compile(rf"[\[［【]{_GAP}(\d(?:[{_HIDDEN}]*\d)*){_GAP}[\]］】]")
+_TAGS = re.compile(rf"<(?:{_GAP}(/))?{_GAP}(reason|answer|think){_GAP}>", re.IGNORECASE)
+# Control and format characters; kept: tab and newline.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
 _BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # text from PDFs holds form feeds
+
+
+def visible(text: str) -> str:
+    """A stranger's text without control and invisible characters: fit for a prompt or a screen."""
+    text = _BREAKS.sub("\n", text.encode("utf-8", "replace").decode("utf-8"))
+    return _UNSEEN.sub("", text)
 
 
 def defuse(text: str) -> str:
@@ -386,9 +395,7 @@ def defuse(text: str) -> str:
     characters vanish, every kind of line break becomes a newline and lone surrogates become '?'.
     Other text is returned unchanged.
     """
-    text = _BREAKS.sub("\n", text.encode("utf-8", "replace").decode("utf-8"))
-    text = _UNSEEN.sub("", text)
-    text = _BRACKETED.sub(r"(\1)", text)
+    text = _BRACKETED.sub(r"(\1)", visible(text))
     return _TAGS.sub(r"(\1\2)", text)
 
 
@@ -2260,8 +2267,8 @@ def decode_text(tokenizer, ids: Sequence[int], special: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def stop_on_signals(job: Job) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for an end after the step; a second SIGINT ends at once."""
+def stop_on_signals(job) -> Iterator[None]:
+    """SIGINT and SIGTERM set job.stop, for an end after the step; a second SIGINT ends at once."""
 
     def ask(number, _frame):
         if job.stop and number == signal.SIGINT:
@@ -2805,8 +2812,9 @@ def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
           f"prompts: {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
           f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
           f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
-          f"output: {job.out}\n\nthe first prompt:\n"
-          f"{job.tokenizer.decode(job.items[0].prompt)[:2000]}\n", flush=True)
+          f"output: {job.out}\n\nthe prompt, of two documents, with ... for the rows' texts:\n"
+          f"{job.tokenizer.decode(encoder.encode(job.prompt, '...', ['...', '...'])[0])}\n",
+          flush=True)
 
 
 # --- Rerank (Eq. 1, Sec. 4.5) ---------------------------------------------------------------------
@@ -2921,23 +2929,46 @@ class LocalModel:
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, longest first, in batches that fit the cache budget."""
-        if not chats:
-            return []
-        prompts = []
-        for chat in chats:
+        answers: list[Completion | None] = [None] * len(chats)
+        prompts, places = [], []
+        for i, chat in enumerate(chats):
             try:
                 prompts.append(self.encoder.encode(chat.prompt, chat.query, chat.texts)[0])
-            except ValueError as error:
-                raise ValueError(f"query {chat.query[:80]!r}: {error}") from None
+                places.append(i)
+            except ValueError as error:  # such as a query of a million letters
+                answers[i] = Completion("", error=str(error), hopeless=True)
+        seeds = [[chats[i].seed] for i in places]
+        found = self.decode(prompts, seeds, self.cache_gib, temperature=temperature, top_p=top_p,
+                            progress=progress)
         ends = end_token_ids(self.model, self.tokenizer)
-        with self.machine.autocast():
-            answers = generate(self.model, prompts, [[chat.seed] for chat in chats], end_ids=ends,
-                               max_new_tokens=self.max_new_tokens, temperature=temperature,
-                               top_p=top_p, cache_gib=self.cache_gib, shared=self.shared,
-                               progress=progress)
-        return [
-            Completion(decode_text(self.tokenizer, ids), ids[-1] not in ends, len(prompt), len(ids))
-            for prompt, (ids,) in zip(prompts, answers, strict=True)]
+        for i, prompt, ids in zip(places, prompts, found, strict=True):
+            answers[i] = (Completion("", error="out of memory", hopeless=True) if ids is None else
+                          Completion(decode_text(self.tokenizer, ids), ids[-1] not in ends,
+                                     len(prompt), len(ids)))
+        return answers
+
+    def decode(self, prompts: list, seeds: list, cache_gib: float, **options) -> list:
+        """Token ids of each answer; prompts are halved where memory runs out, None at a single one.
+
+        What is drawn does not depend on the split.
+        """
+        if not prompts:
+            return []
+        try:
+            with self.machine.autocast(), memory_errors():
+                answers = generate(self.model, prompts, seeds, max_new_tokens=self.max_new_tokens,
+                                   end_ids=end_token_ids(self.model, self.tokenizer),
+                                   cache_gib=cache_gib, shared=self.shared, **options)
+            return [ids for (ids,) in answers]
+        except torch.OutOfMemoryError:
+            pass  # go on outside, where the tensors of the failed call are gone
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(prompts) == 1:
+            return [None]
+        half = len(prompts) // 2
+        return [ids for part in (slice(half), slice(half, None))
+                for ids in self.decode(prompts[part], seeds[part], cache_gib / 2, **options)]
 
 
 @dataclass
@@ -2950,6 +2981,31 @@ class Server:
     rests_until: float = 0.0
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another host, and make a GET of a POST: it is an error."""
+
+    def redirect_request(self, *_):
+        """Follow none."""
+
+
+def letters(text: str) -> str:
+    """The letters and digits of a text, in lower case, also of one that JSON has escaped."""
+    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
+    return re.sub(r"\\+.|[\W_]", "", text).lower()
+
+
+def without_prompt(words: str, body: dict) -> str:
+    """The words of a failing server, unless they repeat twelve letters of the prompt.
+
+    They go to the screen and into the sidecar, where queries and documents have no place.
+    """
+    asked = letters("\n".join(message["content"] for message in body.get("messages", ())))
+    said, n = letters(words), 12
+    runs = {asked[i : i + n] for i in range(len(asked) - n + 1)}
+    repeats = any(said[i : i + n] in runs for i in range(len(said) - n + 1))
+    return "(its words repeat the prompt)" if repeats else words
+
+
 class Endpoint:
     """Answers chats through OpenAI-compatible servers (POST URL/chat/completions).
 
@@ -2958,8 +3014,10 @@ class Endpoint:
     answers, and when, never changes what is asked or the order of the answers.
     """
 
-    FATAL = (401, 403, 404)  # a wrong key, address or model name will not get better
+    # A wrong key, address or model name will not get better.
+    FATAL = (301, 302, 303, 307, 308, 401, 403, 404)
     LONGEST_PAUSE_S = 60.0
+    LONGEST_ANSWER = 2**24  # bytes
     # Lost connections and time-outs are OSErrors; the others come from answers that are none.
     FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
               AttributeError, ArithmeticError, RecursionError)
@@ -2970,6 +3028,13 @@ class Endpoint:
         if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
             raise ValueError(f"--endpoint {url}: give an http or https URL,"
                              " such as http://host:8000/v1")
+        if any("@" in u or "?" in u for u in urls):
+            raise ValueError("--endpoint: a key in a URL ends up in logs; give it in"
+                             " OPENAI_API_KEY")
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds characters that no key has")
+        self.opener = urllib.request.build_opener(NoRedirects)
         self.servers = [Server(u.rstrip("/") + "/chat/completions") for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock = threading.Lock()
@@ -2978,19 +3043,22 @@ class Endpoint:
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
         answers: list[Completion | None] = [None] * len(chats)
+        stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency) as pool:
-            waiting = {pool.submit(self.ask, chat, temperature, top_p): i
+            waiting = {pool.submit(self.ask, chat, temperature, top_p, stop): i
                        for i, chat in enumerate(chats)}
             try:
                 for done in concurrent.futures.as_completed(waiting):
                     answers[waiting[done]] = done.result()
                     if progress is not None:
                         progress.update()
-            finally:
+            finally:  # after an error or Ctrl-C: what is in flight ends, nothing is tried again
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         return answers
 
-    def ask(self, chat: Chat, temperature: float, top_p: float) -> Completion:
+    def ask(self, chat: Chat, temperature: float, top_p: float,
+            stop: threading.Event) -> Completion:
         """One request, tried again with growing pauses on 408, 429, 5xx, time-outs, half answers.
 
         The pause is left out when another server is ready to take the request.
@@ -3009,9 +3077,8 @@ class Endpoint:
             pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
             pause_s = min(pause_s if asked_pause_s is None else asked_pause_s, self.LONGEST_PAUSE_S)
             other_is_ready = self.give_back(server, started, max(pause_s, 1e-9))
-            if attempt + 1 < self.tries and not other_is_ready:
-                time.sleep(pause_s)
-        return Completion("", error=f"{answer.error} ({self.tries} tries)")
+            if attempt + 1 == self.tries or stop.wait(0.0 if other_is_ready else pause_s):
+                return Completion("", error=f"{answer.error} ({attempt + 1} tries)")
 
     def take(self) -> Server:
         """The server with the fewest requests in flight, among those that are not set aside."""
@@ -3047,38 +3114,47 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             try:
                 with error:
-                    words = error.read(300).decode("utf-8", "replace")
+                    words = error.read(3000).decode("utf-8", "replace")
             except self.FAULTS:
                 words = "(its words were cut off)"
-            key = os.environ.get("OPENAI_API_KEY") or "\0"  # some servers repeat it
-            detail = f"HTTP {error.code}: {words.replace(key, '***')}"
+            if error.code < 400:
+                words = f"a redirect to {error.headers.get('Location')}; give that --endpoint"
+            detail = f"HTTP {error.code}: {self.clean(words, body)}"
             if error.code in self.FATAL:
                 raise ValueError(f"{url} answered {detail}") from None
             hopeless = error.code < 500 and error.code not in (408, 429)
             after = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", error.headers.get("Retry-After", ""), re.A)
             return Completion("", error=detail, hopeless=hopeless), after and float(after[0])
         except self.FAULTS as error:
-            return Completion("", error=f"{type(error).__name__}: {first_line(error)}"), None
+            words = self.clean(first_line(error), body)
+            return Completion("", error=f"{type(error).__name__}: {words}"), None
+
+    def clean(self, words: str, body: dict) -> str:
+        """What a server said, without the key and the prompt, which some repeat."""
+        words = words.replace(self.key, "***") if self.key else words
+        return without_prompt(visible(words), body)[:300]
 
     def shorten(self, texts: Sequence[str]) -> list[str]:
         """Cut documents at --max-doc-tokens, taken as four characters each: it tokenises itself."""
         return [text[: 4 * self.cfg.max_doc_tokens] for text in texts]
 
     def post(self, url: str, body: dict) -> Completion:
-        """Send one request; the key comes from OPENAI_API_KEY. Raises where the answer is none.
+        """Send one request. Raises where the answer is none.
 
         A silence of --timeout-s ends it, and so does an answer that is still incomplete then.
         """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         deadline, received = time.monotonic() + self.cfg.timeout_s, []
-        with urllib.request.urlopen(request, timeout=self.cfg.timeout_s) as response:
+        with self.opener.open(request, timeout=self.cfg.timeout_s) as response:
             while part := response.read1(65536):
                 received.append(part)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no whole answer in {self.cfg.timeout_s:g} s")
+                if sum(map(len, received)) > self.LONGEST_ANSWER:
+                    raise ValueError(f"an answer of over {self.LONGEST_ANSWER:,} bytes")
         answer = json.loads(b"".join(received))
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         text = choice["message"].get("content") or ""
@@ -3419,12 +3495,18 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
             print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries",
                   flush=True)
         started = time.perf_counter()
-        todo = rank_batches(backend, prompt, queries, cfg, True, len(batches))
-        for batch, rankings, counts in todo:
-            run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
-            append_line(partial, batches[-1])
+        asked = SimpleNamespace(stop=0)
+        with stop_on_signals(asked):
+            for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True,
+                                                        len(batches)):
+                run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
+                append_line(partial, batches[-1])
+                if asked.stop and len(batches) * QUERIES_PER_BATCH < len(queries):
+                    print(f"stopped after batch {len(batches)}; to go on, repeat the command with"
+                          " --resume", flush=True)
+                    raise SystemExit(128 + asked.stop)
         rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
         record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
                   "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
@@ -3626,11 +3708,11 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
     print(f"\nquery: {cfg.query}\n\nrank  score  document")
     for place, i in enumerate(ranking.order, 1):
         score = "    -" if ranking.means[i] is None else f"{ranking.means[i]:5.2f}"
-        start = " ".join(texts[i].split())[:60]
+        start = " ".join(visible(texts[i]).split())[:60]
         print(f"{place:4}  {score}  {cfg.docs[i]}: {start}")
     for docs, reason in ranking.reasons:
         names = ", ".join(f"[{n}] {cfg.docs[i]}" for n, i in enumerate(docs, 1))
-        print(f"\nreasoning over {names}:\n{reason or '(no readable answer)'}")
+        print(f"\nreasoning over {names}:\n{visible(reason) or '(no readable answer)'}")
     print(f"\n{describe_counts(counts)}")
 
 
