@@ -71,6 +71,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -378,14 +379,22 @@ def read_prompt(path: str) -> Prompt:
         raise ValueError(f"{path}: {error}") from None
 
 
-_GAP = r"[\s\u200c\u200d]{0,9}"
-_BRACKETED = re.compile(rf"[\[［【]{_GAP}(\d{{1,9}}){_GAP}[\]］】]")
-_TAGS = re.compile(r"<\s{0,9}(/?)\s{0,9}(reason|answer|think)\s{0,9}>", re.IGNORECASE)
-# Control and format characters; kept: tab, newline, and the joiners that Persian and emoji need.
+# Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
+_HIDDEN = r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef"
+_GAP = rf"[\s{_HIDDEN}]*"
+_BRACKETED = re.compile(rf"[\[［【]{_GAP}(\d(?:[{_HIDDEN}]*\d)*){_GAP}[\]］】]")
+_TAGS = re.compile(rf"<(?:{_GAP}(/))?{_GAP}(reason|answer|think){_GAP}>", re.IGNORECASE)
+# Control and format characters; kept: tab and newline.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
 _BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # text from PDFs holds form feeds
+
+
+def visible(text: str) -> str:
+    """A stranger's text without control and invisible characters: fit for a prompt or a screen."""
+    text = _BREAKS.sub("\n", text.encode("utf-8", "replace").decode("utf-8"))
+    return _UNSEEN.sub("", text)
 
 
 def defuse(text: str) -> str:
@@ -395,9 +404,7 @@ def defuse(text: str) -> str:
     characters vanish, every kind of line break becomes a newline and lone surrogates become '?'.
     Other text is returned unchanged.
     """
-    text = _BREAKS.sub("\n", text.encode("utf-8", "replace").decode("utf-8"))
-    text = _UNSEEN.sub("", text)
-    text = _BRACKETED.sub(r"(\1)", text)
+    text = _BRACKETED.sub(r"(\1)", visible(text))
     return _TAGS.sub(r"(\1\2)", text)
 
 
@@ -2460,8 +2467,8 @@ def decode_text(tokenizer, ids: Sequence[int], special: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def stop_on_signals(job: Job) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for an end after the step; a second SIGINT ends at once."""
+def stop_on_signals(job) -> Iterator[None]:
+    """SIGINT and SIGTERM set job.stop, for an end after the step; a second SIGINT ends at once."""
 
     def ask(number, _frame):
         if job.stop and number == signal.SIGINT:
@@ -2852,7 +2859,8 @@ def clear_output(cfg: Config, out: Path) -> None:
 
 # Settings that may differ between the parts of one run without changing its result.
 FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "eval_data", "device",
-                  "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "ablation"}
+                  "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "ablation",
+                  "rollout_endpoint", "concurrency", "timeout_s"}
 
 
 def run_hash(record: dict) -> str:
@@ -2930,7 +2938,7 @@ def fit_context(model, cfg: Config) -> int:
     return min(cfg.max_prompt_tokens, context - cfg.max_new_tokens)
 
 
-def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
+def train(cfg: Config, prompt: Prompt, out: Path, servers: Callable | None = None) -> Job:
     """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Job.
 
     Every process that torchrun started calls this with the same arguments.
@@ -2961,7 +2969,7 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     if why_not:
         print(f"note: prompts are run once for each answer: {why_not}")
     job = Job(cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not,
-              record=record, policy=Policy(model))
+              record=record, policy=Policy(model), servers=servers)
     describe_job(job, encoder, counts)
     if sharded:
         job.replica = copy.deepcopy(model).to(machine.device, machine.dtype)
@@ -3028,6 +3036,9 @@ def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_sc
     inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
     if cfg.overwrite and inside:
         raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
+    if cfg.rollout_endpoint and (cfg.stage != "grpo" or not cfg.lora_rank):
+        raise ValueError("--rollout-endpoint needs --stage grpo and LoRA: its servers serve --model"
+                         " itself (after a cold start, OUT/sft) and load the adapter of each step")
     if cfg.lora_rank == 0 and cfg.precision == "fp16" and processes()[1] > 1:
         raise ValueError("full fine-tuning on several processes has no loss scaling for fp16;"
                          " use --precision bf16")
@@ -3051,8 +3062,9 @@ def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
           f"prompts: {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
           f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
           f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
-          f"output: {job.out}\n\nthe first prompt:\n"
-          f"{job.tokenizer.decode(job.items[0].prompt)[:2000]}\n", flush=True)
+          f"output: {job.out}\n\nthe prompt, of two documents, with ... for the rows' texts:\n"
+          f"{job.tokenizer.decode(encoder.encode(job.prompt, '...', ['...', '...'])[0])}\n",
+          flush=True)
 
 
 # --- Rerank (Eq. 1, Sec. 4.5) ---------------------------------------------------------------------
@@ -3146,6 +3158,7 @@ class Completion:
     completion_tokens: int = 0
     error: str = ""
     hopeless: bool = False  # an error that the same prompt would meet again
+    sampled: tuple[Sampled, ...] = ()  # several answers in tokens, instead of one in text
 
 
 class LocalModel:
@@ -3167,23 +3180,46 @@ class LocalModel:
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, longest first, in batches that fit the cache budget."""
-        if not chats:
-            return []
-        prompts = []
-        for chat in chats:
+        answers: list[Completion | None] = [None] * len(chats)
+        prompts, places = [], []
+        for i, chat in enumerate(chats):
             try:
                 prompts.append(self.encoder.encode(chat.prompt, chat.query, chat.texts)[0])
-            except ValueError as error:
-                raise ValueError(f"query {chat.query[:80]!r}: {error}") from None
+                places.append(i)
+            except ValueError as error:  # such as a query of a million letters
+                answers[i] = Completion("", error=str(error), hopeless=True)
+        seeds = [[chats[i].seed] for i in places]
+        found = self.decode(prompts, seeds, self.cache_gib, temperature=temperature, top_p=top_p,
+                            progress=progress)
         ends = end_token_ids(self.model, self.tokenizer)
-        with self.machine.autocast():
-            answers = generate(self.model, prompts, [[chat.seed] for chat in chats], end_ids=ends,
-                               max_new_tokens=self.max_new_tokens, temperature=temperature,
-                               top_p=top_p, cache_gib=self.cache_gib, shared=self.shared,
-                               progress=progress)
-        return [
-            Completion(decode_text(self.tokenizer, ids), ids[-1] not in ends, len(prompt), len(ids))
-            for prompt, (ids,) in zip(prompts, answers, strict=True)]
+        for i, prompt, ids in zip(places, prompts, found, strict=True):
+            answers[i] = (Completion("", error="out of memory", hopeless=True) if ids is None else
+                          Completion(decode_text(self.tokenizer, ids), ids[-1] not in ends,
+                                     len(prompt), len(ids)))
+        return answers
+
+    def decode(self, prompts: list, seeds: list, cache_gib: float, **options) -> list:
+        """Token ids of each answer; prompts are halved where memory runs out, None at a single one.
+
+        What is drawn does not depend on the split.
+        """
+        if not prompts:
+            return []
+        try:
+            with self.machine.autocast(), memory_errors():
+                answers = generate(self.model, prompts, seeds, max_new_tokens=self.max_new_tokens,
+                                   end_ids=end_token_ids(self.model, self.tokenizer),
+                                   cache_gib=cache_gib, shared=self.shared, **options)
+            return [ids for (ids,) in answers]
+        except torch.OutOfMemoryError:
+            pass  # go on outside, where the tensors of the failed call are gone
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(prompts) == 1:
+            return [None]
+        half = len(prompts) // 2
+        return [ids for part in (slice(half), slice(half, None))
+                for ids in self.decode(prompts[part], seeds[part], cache_gib / 2, **options)]
 
 
 @dataclass
@@ -3196,6 +3232,31 @@ class Server:
     rests_until: float = 0.0
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another host, and make a GET of a POST: it is an error."""
+
+    def redirect_request(self, *_):
+        """Follow none."""
+
+
+def letters(text: str) -> str:
+    """The letters and digits of a text, in lower case, also of one that JSON has escaped."""
+    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
+    return re.sub(r"\\+.|[\W_]", "", text).lower()
+
+
+def without_prompt(words: str, body: dict) -> str:
+    """The words of a failing server, unless they repeat twelve letters of the prompt.
+
+    They go to the screen and into the sidecar, where queries and documents have no place.
+    """
+    asked = letters("\n".join(message["content"] for message in body.get("messages", ())))
+    said, n = letters(words), 12
+    runs = {asked[i : i + n] for i in range(len(asked) - n + 1)}
+    repeats = any(said[i : i + n] in runs for i in range(len(said) - n + 1))
+    return "(its words repeat the prompt)" if repeats else words
+
+
 class Endpoint:
     """Answers chats through OpenAI-compatible servers (POST URL/chat/completions).
 
@@ -3204,8 +3265,12 @@ class Endpoint:
     answers, and when, never changes what is asked or the order of the answers.
     """
 
-    FATAL = (401, 403, 404)  # a wrong key, address or model name will not get better
+    PATH = "/chat/completions"
+    # A wrong key, address or model name will not get better.
+    FATAL = (301, 302, 303, 307, 308, 401, 403, 404)
+    AGAIN = (408, 429)  # and 5xx: may get better; other answers of 4xx will not
     LONGEST_PAUSE_S = 60.0
+    LONGEST_ANSWER = 2**24  # bytes
     # Lost connections and time-outs are OSErrors; the others come from answers that are none.
     FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
               AttributeError, ArithmeticError, RecursionError)
@@ -3216,36 +3281,48 @@ class Endpoint:
         if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
             raise ValueError(f"--endpoint {url}: give an http or https URL,"
                              " such as http://host:8000/v1")
-        self.servers = [Server(u.rstrip("/") + "/chat/completions") for u in urls]
+        if any("@" in u or "?" in u for u in urls):
+            raise ValueError("--endpoint: a key in a URL ends up in logs; give it in"
+                             " OPENAI_API_KEY")
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds characters that no key has")
+        self.opener = urllib.request.build_opener(NoRedirects)
+        self.servers = [Server(u.rstrip("/")) for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock = threading.Lock()
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
-        answers: list[Completion | None] = [None] * len(chats)
+        return self.ask_all([
+            {"model": self.model, "temperature": temperature, "top_p": top_p,
+             "messages": chat_messages(chat.prompt, chat.query, self.shorten(chat.texts)),
+             "max_tokens": self.cfg.max_new_tokens,
+             "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF} for chat in chats], progress)
+
+    def ask_all(self, bodies: Sequence[dict], progress: tqdm | None = None) -> list[Completion]:
+        """Send all requests, `concurrency` at a time; results are in their order."""
+        answers: list[Completion | None] = [None] * len(bodies)
+        stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency) as pool:
-            waiting = {pool.submit(self.ask, chat, temperature, top_p): i
-                       for i, chat in enumerate(chats)}
+            waiting = {pool.submit(self.ask, body, stop): i for i, body in enumerate(bodies)}
             try:
                 for done in concurrent.futures.as_completed(waiting):
                     answers[waiting[done]] = done.result()
                     if progress is not None:
                         progress.update()
-            finally:
+            finally:  # after an error or Ctrl-C: what is in flight ends, nothing is tried again
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         return answers
 
-    def ask(self, chat: Chat, temperature: float, top_p: float) -> Completion:
+    def ask(self, body: dict, stop: threading.Event) -> Completion:
         """One request, tried again with growing pauses on 408, 429, 5xx, time-outs, half answers.
 
         The pause is left out when another server is ready to take the request.
         """
-        body = {"model": self.model, "temperature": temperature, "top_p": top_p,
-                "messages": chat_messages(chat.prompt, chat.query, self.shorten(chat.texts)),
-                "max_tokens": self.cfg.max_new_tokens,
-                "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF}
-        jitter = random.Random(repr(chat.seed))
+        jitter = random.Random(body["seed"])
         for attempt in range(self.tries):
             started, server = time.monotonic(), self.take()
             answer, asked_pause_s = self.try_once(server.url, body)
@@ -3255,9 +3332,8 @@ class Endpoint:
             pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
             pause_s = min(pause_s if asked_pause_s is None else asked_pause_s, self.LONGEST_PAUSE_S)
             other_is_ready = self.give_back(server, started, max(pause_s, 1e-9))
-            if attempt + 1 < self.tries and not other_is_ready:
-                time.sleep(pause_s)
-        return Completion("", error=f"{answer.error} ({self.tries} tries)")
+            if attempt + 1 == self.tries or stop.wait(0.0 if other_is_ready else pause_s):
+                return Completion("", error=f"{answer.error} ({attempt + 1} tries)")
 
     def take(self) -> Server:
         """The server with the fewest requests in flight, among those that are not set aside."""
@@ -3289,43 +3365,59 @@ class Endpoint:
         Raises ValueError where no request can succeed.
         """
         try:
-            return self.post(url, body), None
-        except urllib.error.HTTPError as error:
-            try:
-                with error:
-                    words = error.read(300).decode("utf-8", "replace")
-            except self.FAULTS:
-                words = "(its words were cut off)"
-            key = os.environ.get("OPENAI_API_KEY") or "\0"  # some servers repeat it
-            detail = f"HTTP {error.code}: {words.replace(key, '***')}"
-            if error.code in self.FATAL:
-                raise ValueError(f"{url} answered {detail}") from None
-            hopeless = error.code < 500 and error.code not in (408, 429)
-            after = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", error.headers.get("Retry-After", ""), re.A)
-            return Completion("", error=detail, hopeless=hopeless), after and float(after[0])
+            return self.read(json.loads(self.post(url + self.PATH, body)), body), None
         except self.FAULTS as error:
-            return Completion("", error=f"{type(error).__name__}: {first_line(error)}"), None
+            words, code = self.describe(error, body), getattr(error, "code", 500)
+            if code in self.FATAL:
+                raise ValueError(f"{url} answered {words}") from None
+            after = getattr(error, "headers", None) or {}
+            after = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", after.get("Retry-After", ""), re.A)
+            hopeless = code < 500 and code not in self.AGAIN
+            return Completion("", error=words, hopeless=hopeless), after and float(after[0])
+
+    def describe(self, error: Exception, body: dict) -> str:
+        """What went wrong with a request, in the server's words where it has some."""
+        if not isinstance(error, urllib.error.HTTPError):
+            return f"{type(error).__name__}: {self.clean(first_line(error), body)}"
+        try:
+            with error:
+                words = error.read(3000).decode("utf-8", "replace")
+        except self.FAULTS:
+            words = "(its words were cut off)"
+        if error.code < 400:
+            words = f"a redirect to {error.headers.get('Location')}; give that as the endpoint"
+        return f"HTTP {error.code}: {self.clean(words, body)}"
+
+    def clean(self, words: str, body: dict) -> str:
+        """What a server said, without the key and the prompt, which some repeat."""
+        words = words.replace(self.key, "***") if self.key else words
+        return without_prompt(visible(words), body)[:300]
 
     def shorten(self, texts: Sequence[str]) -> list[str]:
         """Cut documents at --max-doc-tokens, taken as four characters each: it tokenises itself."""
         return [text[: 4 * self.cfg.max_doc_tokens] for text in texts]
 
-    def post(self, url: str, body: dict) -> Completion:
-        """Send one request; the key comes from OPENAI_API_KEY. Raises where the answer is none.
+    def post(self, url: str, body: dict) -> bytes:
+        """Send one request and return the answer.
 
         A silence of --timeout-s ends it, and so does an answer that is still incomplete then.
         """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         deadline, received = time.monotonic() + self.cfg.timeout_s, []
-        with urllib.request.urlopen(request, timeout=self.cfg.timeout_s) as response:
+        with self.opener.open(request, timeout=self.cfg.timeout_s) as response:
             while part := response.read1(65536):
                 received.append(part)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no whole answer in {self.cfg.timeout_s:g} s")
-        answer = json.loads(b"".join(received))
+                if sum(map(len, received)) > self.LONGEST_ANSWER:
+                    raise ValueError(f"an answer of over {self.LONGEST_ANSWER:,} bytes")
+        return b"".join(received)
+
+    def read(self, answer: dict, body: dict) -> Completion:
+        """What the JSON of an answer says. Raises where it is not of the form that it should be."""
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         text = choice["message"].get("content") or ""
         if not isinstance(text, str):
@@ -3665,12 +3757,18 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
             print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries",
                   flush=True)
         started = time.perf_counter()
-        todo = rank_batches(backend, prompt, queries, cfg, True, len(batches))
-        for batch, rankings, counts in todo:
-            run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
-            append_line(partial, batches[-1])
+        asked = SimpleNamespace(stop=0)
+        with stop_on_signals(asked):
+            for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True,
+                                                        len(batches)):
+                run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
+                append_line(partial, batches[-1])
+                if asked.stop and len(batches) * QUERIES_PER_BATCH < len(queries):
+                    print(f"stopped after batch {len(batches)}; to go on, repeat the command with"
+                          " --resume", flush=True)
+                    raise SystemExit(128 + asked.stop)
         rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
         record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
                   "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
@@ -3872,11 +3970,11 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
     print(f"\nquery: {cfg.query}\n\nrank  score  document")
     for place, i in enumerate(ranking.order, 1):
         score = "    -" if ranking.means[i] is None else f"{ranking.means[i]:5.2f}"
-        start = " ".join(texts[i].split())[:60]
+        start = " ".join(visible(texts[i]).split())[:60]
         print(f"{place:4}  {score}  {cfg.docs[i]}: {start}")
     for docs, reason in ranking.reasons:
         names = ", ".join(f"[{n}] {cfg.docs[i]}" for n, i in enumerate(docs, 1))
-        print(f"\nreasoning over {names}:\n{reason or '(no readable answer)'}")
+        print(f"\nreasoning over {names}:\n{visible(reason) or '(no readable answer)'}")
     print(f"\n{describe_counts(counts)}")
 
 
@@ -3903,6 +4001,116 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
         print(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one is"
               f" {prompt.hash}: another wording can cost points silently", file=sys.stderr)
     return cfg, prompt
+
+
+# --- Rollouts from inference servers --------------------------------------------------------------
+
+
+class RolloutServers(Endpoint):
+    """Samples a training step's answers on vLLM servers, which get each step's adapter.
+
+    Prompts travel as token ids and so do answers: tokenising text again may give other tokens than
+    were sampled. An answer by any other adapter than that of the step is refused.
+    """
+
+    PATH = "/completions"
+    FATAL = (301, 302, 303, 307, 308, 401, 403)
+    AGAIN = (404, 408, 429)  # 404: this server lacks the adapter, another may have it
+
+    def __init__(self, cfg: Config, **options):
+        super().__init__(" ".join(cfg.rollout_endpoint), "", cfg, **options)
+        self.run = random.SystemRandom().randbytes(4).hex()  # a resumed run may not meet old names
+        self.tokenizer, self.end_ids = None, []
+
+    def __call__(self, job: Job, items: Sequence[Item], seeds, temperature: float):
+        """Answers to prompts, as many for each as it has seeds; none where all tries failed."""
+        self.model = on_first(self.load_adapter, job)
+        self.tokenizer, self.end_ids = job.tokenizer, job.end_ids
+        found = self.ask_all([self.request(item.prompt, own, temperature)
+                              for item, own in zip(items, seeds, strict=True)])
+        n_answered = sum(gather(sum(bool(c.sampled) for c in found)))
+        errors = [error for part in gather([c.error for c in found if c.error]) for error in part]
+        if errors and not n_answered:
+            raise ValueError(f"none of {len(errors)} prompts was answered by --rollout-endpoint;"
+                             f" the first error: {errors[0]}; once the servers work, repeat the"
+                             f" command with --resume --out {job.out}")
+        if errors:
+            print(f"note: {len(errors)} prompts had no answer and are left out of this step;"
+                  f" the first error: {errors[0]}", flush=True)
+        return [list(completion.sampled) for completion in found]
+
+    def load_adapter(self, job: Job) -> str:
+        """Have every server load the adapter as it is now; returns the name that it goes by."""
+        name = f"{self.run}-{job.step:07d}"
+        if name == self.model:
+            return name
+        folder = job.out / "rollouts" / name
+        save_adapter(job.model, folder, job.cfg.model)
+        lacking = {}
+        for server in self.servers:
+            body = {"lora_name": name, "lora_path": str(folder.resolve())}
+            for attempt in range(1 if server.failures else self.tries):
+                try:
+                    self.post(f"{server.url}/load_lora_adapter", body)
+                except self.FAULTS as error:
+                    lacking[server.url] = self.describe(error, body)
+                    server.failures += 1
+                    time.sleep(self.backoff_s * 2**attempt)
+                else:
+                    lacking.pop(server.url, None)
+                    server.failures = 0
+                    break
+        if len(lacking) == len(self.servers):
+            raise ValueError(f"no --rollout-endpoint could load the adapter {folder}; the first"
+                             f" error: {next(iter(lacking.items()))}; start vLLM as the README says")
+        for url, error in lacking.items():
+            print(f"note: {url} did not load the adapter of step {job.step} and is not asked:"
+                  f" {error}", flush=True)
+        if self.model:
+            self.unload_adapter(job.out / "rollouts" / self.model)
+        return name
+
+    def unload_adapter(self, folder: Path) -> None:
+        """Have every server forget an adapter, and delete it."""
+        for server in self.servers:
+            with contextlib.suppress(*self.FAULTS):  # it never loaded it, or was started anew
+                self.post(f"{server.url}/unload_lora_adapter", {"lora_name": folder.name})
+        shutil.rmtree(folder)
+
+    def request(self, prompt: Sequence[int], seeds: Sequence[tuple], temperature: float) -> dict:
+        """The body of a request. All of the sampling is said, or the server would apply what the
+        model's generation_config says and sample another distribution than is trained.
+        """
+        return {"model": self.model, "prompt": list(prompt), "n": len(seeds),
+                "max_tokens": self.cfg.max_new_tokens, "temperature": temperature, "top_p": 1.0,
+                "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+                "frequency_penalty": 0.0, "stop_token_ids": list(self.end_ids), "logprobs": 1,
+                "return_token_ids": True, "skip_special_tokens": False,
+                "seed": zlib.crc32(repr(seeds[0]).encode()) & 0x7FFFFFFF}
+
+    def read(self, answer: dict, body: dict) -> Completion:
+        """The answers as token ids with log-probabilities; ValueError where they cannot be used."""
+        if answer["model"] != body["model"]:
+            raise ValueError(f"{answer['model']} answered instead of {body['model']}")
+        if len(answer["choices"]) != body["n"]:
+            raise ValueError(f"{len(answer['choices'])} answers instead of {body['n']}")
+        return Completion("", sampled=tuple(map(self.read_choice, answer["choices"])))
+
+    def read_choice(self, choice: dict) -> Sampled:
+        """One answer. Without token ids its text is tokenised, and its log-probabilities go."""
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ValueError(f"an answer ended with {choice['finish_reason']!r}")
+        ids, told = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if ids is None:
+            ids, told = self.tokenizer.encode(choice["text"], add_special_tokens=False), None
+        if choice["finish_reason"] == "stop" and (not ids or ids[-1] not in self.end_ids):
+            ids = [*ids, self.end_ids[0]]  # some servers leave the end token out
+        if not ids or not all(type(i) is int and 0 <= i < len(self.tokenizer) for i in ids):
+            raise ValueError("an answer without tokens, or with tokens that the model lacks")
+        if told is None or len(told) > len(ids):
+            return Sampled(ids)
+        logp = [math.nan if x is None else float(x) for x in told]
+        return Sampled(ids, logp + [math.nan] * (len(ids) - len(logp)))
 
 
 # --- Embedded demo: a small world with a lexical gap, for a first run without any download --------
@@ -4217,7 +4425,7 @@ def add_settings(parser: argparse.ArgumentParser, config_class) -> None:
         if isinstance(f.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
-            options |= {"nargs": "+", "metavar": "FILE"}
+            options |= {"nargs": "+", "metavar": "URL" if "endpoint" in f.name else "FILE"}
         else:
             options |= {"type": type(f.default), "choices": f.metadata["choices"]}
             if not f.metadata["choices"]:
@@ -4249,8 +4457,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = vars(build_parser().parse_args(argv))
     do_train, do_merge, sweep = (given.pop(name) for name in ("train", "merge", "sweep"))
     given.pop("rerank")
-    if "docs" in given:
-        given["docs"] = tuple(given["docs"])
+    for name in given.keys() & {"docs", "rollout_endpoint"}:
+        given[name] = tuple(given[name])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if do_train:
@@ -4272,7 +4480,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                              " --eval-data: GRPO and the evaluation read groupwise answers")
         prompt = METHODS[cfg.method].prompt
         prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else prompt
-        train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
+        servers = RolloutServers(cfg) if cfg.rollout_endpoint else None
+        train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name), servers)
     elif do_merge:
         merge_shards(Config(**given))
     else:

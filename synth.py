@@ -357,7 +357,7 @@ class Teacher:
             places = [i for i in places if self.ledger.may_call()]
             asked = [chats[i] for i in places]
             if isinstance(self.backend, Endpoint):
-                completions = [self.backend.ask(c, temperature, self.cfg.top_p) for c in asked]
+                completions = [self.backend([c], temperature, self.cfg.top_p)[0] for c in asked]
             else:
                 completions = self.backend(asked, temperature, self.cfg.top_p)
             for i, completion in zip(places, completions, strict=True):

@@ -5,7 +5,9 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+import signal
 import threading
 import time
 import urllib.error
@@ -451,6 +453,27 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(collection, command, 
         command("--rerank", "o.run", "--resume", "--rounds=2")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_batch_saves_and_says_how_to_go_on(collection, command, capfd, number):
+    class Signalled(Scripted):
+        def __call__(self, *arguments, **options):
+            if len(self.batches) == 1:
+                os.kill(os.getpid(), number)
+            return super().__call__(*arguments, **options)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
+    try:
+        with pytest.raises(SystemExit) as stop:
+            command("--rerank", "o.run", backend=Signalled())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 128 + number
+    assert "stopped after batch 2; to go on, repeat the command with --resume" in capfd.readouterr().out
+    command("--rerank", "whole.run")
+    command("--rerank", "o.run", "--resume")
+    assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
+
+
 def test_a_second_process_is_refused_in_one_job(collection, command):
     class Twice(Scripted):
         def __call__(self, *arguments, **options):
@@ -865,9 +888,8 @@ def test_idle_servers_are_asked_in_turn_and_busy_ones_are_spared():
                                                        "prompt_tokens", "finish_reason"]), inner)))
 def test_no_json_of_a_server_can_stop_a_run(value):
     endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(json.dumps(value).encode()))
-        completion, _ = endpoint.try_once("http://h/v1/chat/completions", {})
+    endpoint.opener.open = lambda *_, **__: io.BytesIO(json.dumps(value).encode())
+    completion, _ = endpoint.try_once("http://h/v1/chat/completions", {})
     assert isinstance(completion.text, str) and isinstance(completion.truncated, bool)
 
 
@@ -921,7 +943,7 @@ def test_the_key_is_not_repeated_when_a_server_repeats_it(monkeypatch):
 
     monkeypatch.setattr(endpoint, "post", refuse)
     with pytest.raises(ValueError, match=r"HTTP 401: bad \*\*\*"):
-        endpoint.ask(grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,)), 0.3, 0.8)
+        endpoint([grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,))], 0.3, 0.8)
 
 
 def test_documents_for_a_server_are_cut_too():

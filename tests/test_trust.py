@@ -10,8 +10,10 @@ import re
 import resource
 import shutil
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from test_training import (
     training_rows,
 )
 
+import evaluate
 import grouprank
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -460,6 +463,40 @@ def test_a_step_without_memory_for_any_prompt_is_skipped(cfg, tmp_path, monkeypa
     assert (numbers["skipped"], numbers["dropped"]) == (1, 2) and not gradients
 
 
+def local_model(place, **changes):
+    """A reranker's back end on the tiny model, and four chats."""
+    cfg = grouprank.Config(model=str(place / "qwen2"), device="cpu", max_new_tokens=20, **changes)
+    chats = [grouprank.Chat(PROMPT, "word " * n, ("a", "b"), (n,)) for n in (1, 9, 3, 6)]
+    return grouprank.load_backend(cfg), chats
+
+
+def test_a_reranker_without_memory_asks_in_smaller_parts_and_draws_the_same(place, monkeypatch):
+    backend, chats = local_model(place)
+    expected = backend(chats, 1.0, 1.0)
+    generate = grouprank.generate
+
+    def limited(model, prompts, seeds, **options):
+        if len(prompts) > 1 or len(prompts[0]) > 80:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+        return generate(model, prompts, seeds, **options)
+
+    monkeypatch.setattr(grouprank, "generate", limited)
+    found = backend(chats, 1.0, 1.0)
+    lost = [i for i, one in enumerate(expected) if one.prompt_tokens > 80]
+    assert 0 < len(lost) < 4
+    for i, (one, other) in enumerate(zip(expected, found, strict=True)):
+        assert (other.error, other.hopeless) == ("out of memory", True) if i in lost else one == other
+
+
+def test_a_query_without_room_is_counted_and_the_others_are_reranked(place):
+    backend, chats = local_model(place, max_prompt_tokens=100)
+    expected = backend(chats, 1.0, 1.0)
+    long = dataclasses.replace(chats[0], query="confidential " * 1000)
+    *found, none = backend([*chats, long], 1.0, 1.0)
+    assert found == expected and none.hopeless and "no room for 2 documents" in none.error
+    assert "confidential" not in none.error
+
+
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=5))
 @examples(max_examples=100, deadline=None)
 def test_halves_hold_every_answer_once_with_its_numbers(lengths):
@@ -604,6 +641,30 @@ def test_no_special_token_reaches_a_server_from_a_query_or_document():
             assert bench_trust.special_ids(tokenizer, seen[name]) == expected, (name, attack)
             assert count_turns(tokenizer, name, seen[name]) == count_turns(tokenizer, name, honest[name])
             assert bench_trust.document_numbers(tokenizer.decode(seen[name])) == [1, 2], (name, attack)
+
+
+def test_numbers_and_tags_are_found_behind_what_cannot_be_seen():
+    for hidden in ("[\u200c7\ufe0f]", "[\U000e01007]", "[1\u034f0]", "[0000000000007]", f"[{' ' * 50}7]",
+                   "<\u200d/ answer>", f"<{' ' * 50}answer>"):  # fmt: skip
+        seen = grouprank.defuse(f"a {hidden} b")
+        assert seen.startswith("a (") and seen.endswith(") b") and not set("[]<>") & set(seen)
+    for plain in ("x[i] = [1, 2]", "[1 2]", "1 < 2 > 0", "1\ufe0f\u20e3", "\u0645\u06cc\u200c\u0631\u0648\u0645"):
+        assert grouprank.defuse(plain) == plain
+    for piece in ("[", "[1", "[ ", "< ", "< /", "[1 ", "1\ufe0f", "<|", "[\ufe0f"):
+        for text in (piece * 200_000, "[" + piece * 200_000, "<" + piece * 200_000):
+            started = time.perf_counter()
+            grouprank.break_chat_tokens(grouprank.defuse(text))
+            assert time.perf_counter() - started < 1.0, piece
+
+
+def test_what_a_stranger_wrote_cannot_steer_the_screen(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "doc.txt").write_text("\x1b[2Jclear\x07", encoding="utf-8")
+    answer = '<reason>\x1b]0;title\x07 \ud800 \u202ereason</reason><answer>{"[1]": 5}</answer>'
+    with ChatServer(lambda body: answer) as server:
+        grouprank.main(["--rerank", "--endpoint", server.url, "--model", "m", "--query", "q",
+                        "--docs", str(tmp_path / "doc.txt")])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "clear" in out and "reason" in out and not set(out) & set("\x1b\x07\u202e\ud800")
 
 
 def test_a_document_of_100000_characters_without_a_space_takes_a_moment(family):
@@ -773,7 +834,6 @@ def test_code_that_comes_with_a_model_runs_only_with_the_flag(place, tmp_path):
 
 
 def test_keys_and_rows_do_not_reach_the_logs(cfg, place, tmp_path, monkeypatch, capfd):
-    """The screen shows the first prompt, on purpose, and no other; files show none."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     rows = training_rows()
@@ -782,11 +842,153 @@ def test_keys_and_rows_do_not_reach_the_logs(cfg, place, tmp_path, monkeypatch, 
     cfg = dataclasses.replace(cfg, data=write_rows(tmp_path / "rows.jsonl", rows))
     grouprank.train(cfg, PROMPT, tmp_path / "run")
     screen = "".join(capfd.readouterr())
-    assert re.findall(r"confidential row \d", screen) == ["confidential row 0"]
+    assert "[1]..." in screen and "confidential" not in screen  # the prompt, without a row's texts
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
             assert not re.search(b"secret|confidential", path.read_bytes()), path
     assert "secret" not in screen
+
+
+class RawServer:
+    """Sends back what `reply(request bytes)` returns, as bytes, and closes the connection."""
+
+    def __init__(self, reply):
+        self.requests, outer = [], self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self):
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    head += self.rfile.readline()
+                length = int(re.search(rb"(?i)content-length: *(\d+)", head + b"content-length: 0")[1])
+                outer.requests.append(head + self.rfile.read(length))
+                with contextlib.suppress(OSError):
+                    self.wfile.write(reply(outer.requests[-1]))
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def body_of(request):
+    """The body of an HTTP request."""
+    return request.partition(b"\r\n\r\n")[2]
+
+
+ECHOES = {  # what a server may make of a request, so that its words hold the prompt or the key
+    "400, the whole request": lambda r: b"HTTP/1.1 400 Bad\r\n\r\n" + body_of(r)[-300:],
+    "422, the prompt in JSON in JSON": lambda r: b"HTTP/1.1 422 Bad\r\n\r\n" + json.dumps(
+        json.dumps({"input": json.loads(body_of(r))["messages"][-1]["content"][:120]})).encode(),
+    "500, every letter escaped": lambda r: b"HTTP/1.1 500 Bad\r\n\r\n" + "".join(
+        f"\\u{ord(c):04x}" for c in json.loads(body_of(r))["messages"][-1]["content"][7:50]).encode(),
+    "401, the headers": lambda r: b"HTTP/1.1 401 No\r\n\r\n" + r.partition(b"\r\n\r\n")[0],
+    "401, the key at the end": lambda r: b"HTTP/1.1 401 No\r\n\r\n" + b" " * 288 + b"sk-hidden-key",
+    "the prompt as a status line": lambda r: body_of(r)[:200] + b"\r\n\r\n",
+    "the prompt as a number of tokens": lambda r: b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(
+        {"choices": [{"message": {"content": "x"}}],
+         "usage": {"prompt_tokens": body_of(r).decode()}}).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_no_key_and_no_prompt_reaches_a_log_whatever_the_server_says(tmp_path, monkeypatch, capsys, echo):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden-key\n")  # as a file gives it
+    calls = []
+
+    def reply(request):
+        calls.append(request)
+        good = {"choices": [{"message": {"content": '<reason>r</reason><answer>{"[1]": 5}</answer>'}}]}
+        if len(calls) == 1 and "401" not in echo:  # a run of errors only would stop
+            return b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(good).encode()
+        return ECHOES[echo](request)
+
+    texts = {f"d{i}": f"confidential Größe {i}" for i in range(2)}
+    queries = {f"q{i}": f"confidential query {i}" for i in range(2)}
+    evaluate.write_collection(tmp_path / "beir", texts, queries, {"q0": {"d0": 1}})
+    evaluate.write_run(tmp_path / "first.run", {"q0": [("d0", 1.0)], "q1": [("d1", 1.0)]})
+    original = grouprank.Endpoint
+    monkeypatch.setattr(grouprank, "Endpoint", lambda *args: original(*args, tries=1))
+    with RawServer(reply) as server:
+        arguments = ["--rerank", "--endpoint", server.url, "--model", "m", "--data", str(tmp_path / "beir"),
+                     "--concurrency", "1", "--retries", "0", "--run", str(tmp_path / "first.run"),
+                     "--out", str(tmp_path / "o.run")]  # fmt: skip
+        message = ""
+        try:
+            grouprank.main(arguments)
+        except ValueError as error:
+            message = str(error)
+    assert b"Bearer sk-hidden-key\r\n" in calls[0] and b"confidential query" in calls[-1]
+    logged = message + "".join(capsys.readouterr())
+    logged += "".join(path.read_text() for path in tmp_path.glob("o.run*"))
+    assert not re.search("hidden|confidential|onfident|6f006e0066", logged.replace("\\u", "")), logged
+    assert "error: " in logged or "401" in message
+
+
+def test_a_servers_words_that_are_not_the_prompt_are_kept():
+    body = {"messages": [{"content": "Query: why do leaves turn red in autumn?"}]}
+    words = '{"message": "This model\'s maximum context length is 4096 tokens."}'
+    assert grouprank.without_prompt(words, body) == words
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_with_the_key(monkeypatch, code):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden-key")
+    with RawServer(lambda request: b"HTTP/1.1 200 OK\r\n\r\n{}") as other:
+        redirect = f"HTTP/1.1 {code} Moved\r\nLocation: {other.url}/chat/completions\r\n\r\n"
+        with RawServer(lambda request: redirect.encode()) as server:
+            ranker = grouprank.GroupRanker.from_pretrained("m", endpoint=server.url)
+            with pytest.raises(ValueError, match=f"answered HTTP {code}: a redirect to {other.url}"):
+                ranker.rank("q", ["d"])
+        assert len(server.requests) == 1 and other.requests == []
+
+
+def test_keys_that_would_reach_a_log_are_refused(monkeypatch):
+    for url in ("https://me:sk-hidden-key@h/v1", "https://h/v1?key=sk-hidden-key"):
+        with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+            grouprank.Endpoint(url, "m", grouprank.Config())
+        assert "hidden" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden\nkey")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        grouprank.Endpoint("https://h/v1", "m", grouprank.Config())
+    assert "hidden" not in str(error.value)
+
+
+def test_an_answer_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(grouprank.Endpoint, "LONGEST_ANSWER", 100_000)
+    with RawServer(lambda request: b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 10_000_000) as server:
+        endpoint = grouprank.Endpoint(server.url, "m", grouprank.Config(), tries=1)
+        (answer,) = endpoint([grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,))], 0.0, 1.0)
+    assert answer.error == "ValueError: an answer of over 100,000 bytes (1 tries)"
+
+
+def test_after_a_fatal_error_nothing_is_tried_again():
+    """Nor after Ctrl-C, which takes the same way out; the other requests would wait for minutes."""
+    def reply(request):
+        return b"HTTP/1.1 " + (b"404 No" if b"fatal" in request else b"500 Bad") + b"\r\n\r\n"
+
+    chats = [grouprank.Chat(grouprank.Prompt(), "fatal" if i == 3 else "q", ("d",), (i,)) for i in range(4)]
+    with RawServer(reply) as server:
+        endpoint = grouprank.Endpoint(server.url, "m", grouprank.Config(), backoff_s=30.0)
+        started = time.perf_counter()
+        with pytest.raises(ValueError, match="404"):
+            endpoint(chats, 0.0, 1.0)
+        assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("bad", ["a\tb", "a\nb", "a\ud800", " "])
+def test_an_id_that_no_run_can_name_is_refused_before_the_first_call(tmp_path, bad):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"_id": bad, "text": "t"}) + "\n")
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "t"}\n')
+    with pytest.raises(ValueError, match="corpus.jsonl, document 1: the id"):
+        evaluate.read_collection(tmp_path)
 
 
 # --- Numbers that mean something --------------------------------------------------------------
