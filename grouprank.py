@@ -290,6 +290,10 @@ class Config:
                              " a larger one would skip documents")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues an output and --overwrite deletes it: give one")
+        if self.rollout_endpoint and (self.stage != "grpo" or not self.lora_rank):
+            raise ValueError("--rollout-endpoint needs --stage grpo and LoRA: its servers serve"
+                             " --model itself (after a cold start, OUT/sft) and load each step's"
+                             " adapter")
         number, n_parts = self.part
         if not 1 <= number <= n_parts:
             raise ValueError(f"--shard must be i/n with i from 1 to n, got {self.shard}")
@@ -2752,8 +2756,8 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
                "clip_share": sums["clipped"] / n}
     if job.servers is not None:
         own = [x for part in passes if part.gap is not None for x in part.gap.tolist()]
-        gaps = [x for other in gather(own) for x in other if not math.isnan(x)] or [math.nan]
-        numbers |= {"mismatch": sum(gaps) / len(gaps), "mismatch_max": max(gaps)}
+        if gaps := [x for other in gather(own) for x in other if not math.isnan(x)]:
+            numbers |= {"mismatch": sum(gaps) / len(gaps), "mismatch_max": max(gaps)}
     return finish_step(job, passes, sums, optimizer, lr) | numbers
 
 
@@ -3036,9 +3040,6 @@ def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_sc
     inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
     if cfg.overwrite and inside:
         raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
-    if cfg.rollout_endpoint and (cfg.stage != "grpo" or not cfg.lora_rank):
-        raise ValueError("--rollout-endpoint needs --stage grpo and LoRA: its servers serve --model"
-                         " itself (after a cold start, OUT/sft) and load the adapter of each step")
     if cfg.lora_rank == 0 and cfg.precision == "fp16" and processes()[1] > 1:
         raise ValueError("full fine-tuning on several processes has no loss scaling for fp16;"
                          " use --precision bf16")
@@ -4045,6 +4046,8 @@ class RolloutServers(Endpoint):
         if name == self.model:
             return name
         folder = job.out / "rollouts" / name
+        if not self.model:  # what a stopped run left
+            shutil.rmtree(folder.parent, ignore_errors=True)
         save_adapter(job.model, folder, job.cfg.model)
         lacking = {}
         for server in self.servers:
