@@ -69,6 +69,16 @@ def run_cli(main):
 
 
 @contextlib.contextmanager
+def name_in_errors(path):
+    """Let errors of a write say where: a full disk's have no file name of their own."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def open_atomic(path, mode="w"):
     """Open a file (text: UTF-8) that appears under its name when it is complete, or not at all."""
     path = Path(path)
@@ -76,7 +86,7 @@ def open_atomic(path, mode="w"):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, mode, **text) as file:
+        with name_in_errors(path), open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -3025,12 +3025,12 @@ class Endpoint:
     def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6,
                  backoff_s: float = 1.0):
         urls = [u for u in re.split(r"[,\s]+", url) if u]
-        if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
-            raise ValueError(f"--endpoint {url}: give an http or https URL,"
-                             " such as http://host:8000/v1")
         if any("@" in u or "?" in u for u in urls):
             raise ValueError("--endpoint: a key in a URL ends up in logs; give it in"
                              " OPENAI_API_KEY")
+        if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
+            raise ValueError(f"--endpoint {url}: give an http or https URL,"
+                             " such as http://host:8000/v1")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
@@ -3413,8 +3413,11 @@ def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) ->
     digest = hashlib.sha256()
     for query in queries:
         digest.update(repr(query).encode())
-    return {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
+    task = {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
             "prompt": prompt.hash, "candidates": digest.hexdigest()[:16]}
+    if not cfg.endpoint and Path(cfg.model).is_dir():
+        task["model's files"] = hash_files(base_model_files(cfg.model))
+    return task
 
 
 def check_same_task(path: Path, before: dict, now: dict) -> None:
@@ -3446,9 +3449,8 @@ def open_journal(path: Path, cfg: Config) -> Iterator[list[dict]]:
 
 def append_line(path: Path, line: dict) -> None:
     """Add a JSON line that outlives a crash of the machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(line) + "\n")
+    with evaluate.name_in_errors(path), open(path, "ab") as file:
+        file.write(json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -206,6 +206,28 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
     assert resumed(cfg, out) == whole
 
 
+def test_a_full_disk_while_reranking_names_the_file_and_costs_no_finished_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grouprank, "QUERIES_PER_BATCH", 1)
+    queries = {f"q{i}": f"query {i}" for i in range(3)}
+    evaluate.write_collection(tmp_path / "beir", {"d": "text"}, queries, {"q0": {"d": 1}})
+    evaluate.write_run(tmp_path / "first.run", {qid: [("d", 1.0)] for qid in queries})
+    partial, out = tmp_path / "o.run.partial", tmp_path / "o.run"
+    with ChatServer(lambda body: '<reason>r</reason><answer>{"[1]": 5}</answer>') as server:
+        command = ["--rerank", "--endpoint", server.url, "--model", "m", "--data", str(tmp_path / "beir"),
+                   "--run", str(tmp_path / "first.run"), "--out", str(out)]  # fmt: skip
+        original = grouprank.append_line
+        with monkeypatch.context() as patch, contextlib.ExitStack() as full:
+            patch.setattr(grouprank, "append_line", lambda path, line: (
+                partial.stat().st_size and full.enter_context(files_of_at_most(partial.stat().st_size + 9)),
+                original(path, line)))  # fmt: skip
+            with pytest.raises(SystemExit):
+                evaluate.run_cli(lambda: grouprank.main(command))
+        assert f"error: {partial}: File too large" in capsys.readouterr().err
+        assert len(server.bodies) == 2  # the second is lost, as it could not be written
+        grouprank.main([*command, "--resume"])
+    assert len(server.bodies) == 4 and len(out.read_text().splitlines()) == 3
+
+
 def test_an_output_that_cannot_be_written_is_one_sentence(cfg, tmp_path):
     if os.geteuid() == 0:
         locked = Path("/sys")  # the super-user may write everywhere else
@@ -1029,7 +1051,9 @@ def test_a_base_model_that_changed_in_place_is_refused(place, tmp_path, name):
                               else before[:-1] + bytes([before[-1] ^ 1]))  # fmt: skip
     with pytest.raises(ValueError, match=rf"the files of {base} have changed since"):
         grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
+    other = grouprank.describe_task(cfg, PROMPT, [])
     (base / name).write_bytes(before)
+    assert grouprank.describe_task(cfg, PROMPT, []) != other  # --rerank --resume refuses it too
     grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
 
 
