@@ -60,6 +60,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -3196,6 +3197,43 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none."""
 
 
+class TimedHTTP(http.client.HTTPConnection):
+    """Gives a response's first lines the time-out in all; urllib gives it to each byte."""
+
+    def getresponse(self):
+        """As always, but the server is hung up on in time."""
+        timer = threading.Timer(self.timeout, self.hang_up, [self.sock])
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            late = timer.finished.is_set()
+            timer.cancel()
+            if late:  # whatever became of the lines that were cut off
+                raise TimeoutError(f"no answer in {self.timeout:g} s")
+
+    def hang_up(self, connected: socket.socket) -> None:
+        """Let a read that waits come to an end."""
+        with contextlib.suppress(OSError):  # closed meanwhile
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+class TimedHTTPS(TimedHTTP, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens both kinds of connections."""
+
+    def http_open(self, request):
+        """For http:// URLs."""
+        return self.do_open(TimedHTTP, request)
+
+    def https_open(self, request):
+        """For https:// URLs."""
+        return self.do_open(TimedHTTPS, request)
+
+
 def letters(text: str) -> str:
     """The letters and digits of a text, in lower case, also of one that JSON has escaped."""
     text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
@@ -3242,7 +3280,7 @@ class Endpoint:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
-        self.opener = urllib.request.build_opener(NoRedirects)
+        self.opener = urllib.request.build_opener(NoRedirects, Opener)
         self.servers = [Server(u.rstrip("/") + "/chat/completions") for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock = threading.Lock()
