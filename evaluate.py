@@ -438,8 +438,8 @@ def read_texts(path):
         if not all(isinstance(value, str) for value in (doc, title, row.get("text"))):
             raise ValueError(f"{where}: needs the keys _id and text, both strings")
         if not doc.strip() or re.search("[\t\r\n\ud800-\udfff]", doc):  # no run could name it
-            raise ValueError(f"{where}: the id {doc!r} is empty, or holds a tab, a newline or half a"
-                             " surrogate pair")
+            raise ValueError(f"{where}: the id {doc!r} is empty, or holds a tab, a newline or half"
+                             " a surrogate pair")
         text = "\n".join(part for part in (title.strip(), row["text"]) if part)
         if not text.strip():
             raise ValueError(f"{where}: {doc!r} has no text; fill it in or remove the line")

@@ -377,7 +377,8 @@ def read_prompt(path: str) -> Prompt:
 
 
 # Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
-_HIDDEN = r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef"
+_HIDDEN = (r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0"
+           r"\U000e0100-\U000e01ef")
 _GAP = rf"[\s{_HIDDEN}]*"
 _BRACKETED = re.compile(rf"[\[［【]{_GAP}(\d(?:[{_HIDDEN}]*\d)*){_GAP}[\]］】]")
 _TAGS = re.compile(rf"<(?:{_GAP}(/))?{_GAP}(reason|answer|think){_GAP}>", re.IGNORECASE)
@@ -3203,13 +3204,13 @@ class TimedHTTP(http.client.HTTPConnection):
     def getresponse(self):
         """As always, but the server is hung up on in time."""
         timer = threading.Timer(self.timeout, self.hang_up, [self.sock])
+        deadline = time.monotonic() + self.timeout
         timer.start()
         try:
             return super().getresponse()
         finally:
-            late = timer.finished.is_set()
             timer.cancel()
-            if late:  # whatever became of the lines that were cut off
+            if time.monotonic() >= deadline:  # whatever became of the lines that were cut off
                 raise TimeoutError(f"no answer in {self.timeout:g} s")
 
     def hang_up(self, connected: socket.socket) -> None:
