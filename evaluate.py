@@ -69,6 +69,16 @@ def run_cli(main):
 
 
 @contextlib.contextmanager
+def name_in_errors(path):
+    """Let errors of a write say where: a full disk's have no file name of their own."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def open_atomic(path, mode="w"):
     """Open a file (text: UTF-8) that appears under its name when it is complete, or not at all."""
     path = Path(path)
@@ -76,7 +86,7 @@ def open_atomic(path, mode="w"):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, mode, **text) as file:
+        with name_in_errors(path), open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -428,8 +438,8 @@ def read_texts(path):
         if not all(isinstance(value, str) for value in (doc, title, row.get("text"))):
             raise ValueError(f"{where}: needs the keys _id and text, both strings")
         if not doc.strip() or re.search("[\t\r\n\ud800-\udfff]", doc):  # no run could name it
-            raise ValueError(f"{where}: the id {doc!r} is empty, or holds a tab, a newline or half a"
-                             " surrogate pair")
+            raise ValueError(f"{where}: the id {doc!r} is empty, or holds a tab, a newline or half"
+                             " a surrogate pair")
         text = "\n".join(part for part in (title.strip(), row["text"]) if part)
         if not text.strip():
             raise ValueError(f"{where}: {doc!r} has no text; fill it in or remove the line")

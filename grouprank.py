@@ -60,6 +60,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -384,7 +385,8 @@ def read_prompt(path: str) -> Prompt:
 
 
 # Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
-_HIDDEN = r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef"
+_HIDDEN = (r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0"
+           r"\U000e0100-\U000e01ef")
 _GAP = rf"[\s{_HIDDEN}]*"
 _BRACKETED = re.compile(rf"[\[［【]{_GAP}(\d(?:[{_HIDDEN}]*\d)*){_GAP}[\]］】]")
 _TAGS = re.compile(rf"<(?:{_GAP}(/))?{_GAP}(reason|answer|think){_GAP}>", re.IGNORECASE)
@@ -3240,6 +3242,43 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none."""
 
 
+class TimedHTTP(http.client.HTTPConnection):
+    """Gives a response's first lines the time-out in all; urllib gives it to each byte."""
+
+    def getresponse(self):
+        """As always, but the server is hung up on in time."""
+        timer = threading.Timer(self.timeout, self.hang_up, [self.sock])
+        deadline = time.monotonic() + self.timeout
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+            if time.monotonic() >= deadline:  # whatever became of the lines that were cut off
+                raise TimeoutError(f"no answer in {self.timeout:g} s")
+
+    def hang_up(self, connected: socket.socket) -> None:
+        """Let a read that waits come to an end."""
+        with contextlib.suppress(OSError):  # closed meanwhile
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+class TimedHTTPS(TimedHTTP, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens both kinds of connections."""
+
+    def http_open(self, request):
+        """For http:// URLs."""
+        return self.do_open(TimedHTTP, request)
+
+    def https_open(self, request):
+        """For https:// URLs."""
+        return self.do_open(TimedHTTPS, request)
+
+
 def letters(text: str) -> str:
     """The letters and digits of a text, in lower case, also of one that JSON has escaped."""
     text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
@@ -3279,16 +3318,16 @@ class Endpoint:
     def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6,
                  backoff_s: float = 1.0):
         urls = [u for u in re.split(r"[,\s]+", url) if u]
-        if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
-            raise ValueError(f"--endpoint {url}: give an http or https URL,"
-                             " such as http://host:8000/v1")
         if any("@" in u or "?" in u for u in urls):
             raise ValueError("--endpoint: a key in a URL ends up in logs; give it in"
                              " OPENAI_API_KEY")
+        if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
+            raise ValueError(f"--endpoint {url}: give an http or https URL,"
+                             " such as http://host:8000/v1")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
-        self.opener = urllib.request.build_opener(NoRedirects)
+        self.opener = urllib.request.build_opener(NoRedirects, Opener)
         self.servers = [Server(u.rstrip("/")) for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock = threading.Lock()
@@ -3676,8 +3715,11 @@ def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) ->
     digest = hashlib.sha256()
     for query in queries:
         digest.update(repr(query).encode())
-    return {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
+    task = {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
             "prompt": prompt.hash, "candidates": digest.hexdigest()[:16]}
+    if not cfg.endpoint and Path(cfg.model).is_dir():
+        task["model's files"] = hash_files(base_model_files(cfg.model))
+    return task
 
 
 def check_same_task(path: Path, before: dict, now: dict) -> None:
@@ -3709,9 +3751,8 @@ def open_journal(path: Path, cfg: Config) -> Iterator[list[dict]]:
 
 def append_line(path: Path, line: dict) -> None:
     """Add a JSON line that outlives a crash of the machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(line) + "\n")
+    with evaluate.name_in_errors(path), open(path, "ab") as file:
+        file.write(json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

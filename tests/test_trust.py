@@ -206,6 +206,28 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
     assert resumed(cfg, out) == whole
 
 
+def test_a_full_disk_while_reranking_names_the_file_and_costs_no_finished_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grouprank, "QUERIES_PER_BATCH", 1)
+    queries = {f"q{i}": f"query {i}" for i in range(3)}
+    evaluate.write_collection(tmp_path / "beir", {"d": "text"}, queries, {"q0": {"d": 1}})
+    evaluate.write_run(tmp_path / "first.run", {qid: [("d", 1.0)] for qid in queries})
+    partial, out = tmp_path / "o.run.partial", tmp_path / "o.run"
+    with ChatServer(lambda body: '<reason>r</reason><answer>{"[1]": 5}</answer>') as server:
+        command = ["--rerank", "--endpoint", server.url, "--model", "m", "--data", str(tmp_path / "beir"),
+                   "--run", str(tmp_path / "first.run"), "--out", str(out)]  # fmt: skip
+        original = grouprank.append_line
+        with monkeypatch.context() as patch, contextlib.ExitStack() as full:
+            patch.setattr(grouprank, "append_line", lambda path, line: (
+                partial.stat().st_size and full.enter_context(files_of_at_most(partial.stat().st_size + 9)),
+                original(path, line)))  # fmt: skip
+            with pytest.raises(SystemExit):
+                evaluate.run_cli(lambda: grouprank.main(command))
+        assert f"error: {partial}: File too large" in capsys.readouterr().err
+        assert len(server.bodies) == 2  # the second is lost, as it could not be written
+        grouprank.main([*command, "--resume"])
+    assert len(server.bodies) == 4 and len(out.read_text().splitlines()) == 3
+
+
 def test_an_output_that_cannot_be_written_is_one_sentence(cfg, tmp_path):
     if os.geteuid() == 0:
         locked = Path("/sys")  # the super-user may write everywhere else
@@ -850,9 +872,9 @@ def test_keys_and_rows_do_not_reach_the_logs(cfg, place, tmp_path, monkeypatch, 
 
 
 class RawServer:
-    """Sends back what `reply(request bytes)` returns, as bytes, and closes the connection."""
+    """Sends `start`, then `times` what `reply(request bytes)` returns, and closes the connection."""
 
-    def __init__(self, reply):
+    def __init__(self, reply, times=1, start=b""):
         self.requests, outer = [], self
 
         class Handler(socketserver.StreamRequestHandler):
@@ -862,8 +884,10 @@ class RawServer:
                     head += self.rfile.readline()
                 length = int(re.search(rb"(?i)content-length: *(\d+)", head + b"content-length: 0")[1])
                 outer.requests.append(head + self.rfile.read(length))
-                with contextlib.suppress(OSError):
-                    self.wfile.write(reply(outer.requests[-1]))
+                with contextlib.suppress(OSError):  # a client that hung up
+                    self.wfile.write(start)
+                    for _ in range(times):
+                        self.wfile.write(reply(outer.requests[-1]))
 
         self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -969,6 +993,19 @@ def test_an_answer_without_end_is_given_up(monkeypatch):
     assert answer.error == "ValueError: an answer of over 100,000 bytes (1 tries)"
 
 
+def test_a_server_that_sends_a_byte_now_and_then_meets_the_deadline_too():
+    """In the first lines of its response; test_rerank.py has one that dribbles the answer."""
+    def dribble(request):
+        time.sleep(0.05)
+        return b"a"
+
+    with RawServer(dribble, times=100, start=b"HTTP/1.1 200 OK\r\nX: ") as server:
+        endpoint = grouprank.Endpoint(server.url, "m", grouprank.Config(timeout_s=0.2), tries=1)
+        started = time.perf_counter()
+        (answer,) = endpoint([grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,))], 0.0, 1.0)
+    assert time.perf_counter() - started < 2 and answer.error == "TimeoutError: no answer in 0.2 s (1 tries)"
+
+
 def test_after_a_fatal_error_nothing_is_tried_again():
     """Nor after Ctrl-C, which takes the same way out; the other requests would wait for minutes."""
     def reply(request):
@@ -1029,7 +1066,9 @@ def test_a_base_model_that_changed_in_place_is_refused(place, tmp_path, name):
                               else before[:-1] + bytes([before[-1] ^ 1]))  # fmt: skip
     with pytest.raises(ValueError, match=rf"the files of {base} have changed since"):
         grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
+    other = grouprank.describe_task(cfg, PROMPT, [])
     (base / name).write_bytes(before)
+    assert grouprank.describe_task(cfg, PROMPT, []) != other  # --rerank --resume refuses it too
     grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
 
 
