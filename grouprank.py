@@ -3256,6 +3256,8 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection,
         if ids:
             texts = [collection.corpus[d] for d in ids]
             queries.append(Candidates(qid, query, ids, texts, [scores[d] for d in ids]))
+    if not queries:
+        raise ValueError(f"{cfg.run} leaves nothing to rerank: {cfg.data} excludes each document")
     return queries, collection, counts
 
 

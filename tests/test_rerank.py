@@ -380,6 +380,23 @@ def test_reading_candidates_honours_exclusions_and_the_cut(tmp_path):
     assert counts["queries without a run"] == 1
 
 
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("", r"x\.run: the run is empty"),
+        ('{"q": {}}', r"x\.run: the run is empty"),
+        ("z Q0 a 1 1.0 t", "share no query: the run has 'z', the collection 'q'"),
+        ("q Q0 z 1 1.0 t", r"query 'q' names document 'z', which .*corpus\.jsonl does not have"),
+        ("q Q0 b 1 1.0 t", r"x\.run leaves nothing to rerank: .* excludes each document"),
+    ],
+)
+def test_a_run_without_candidates_is_one_sentence(tmp_path, run, message):
+    evaluate.write_collection(tmp_path, {"a": "A", "b": "B"}, {"q": "Q"}, {"q": {"a": 1}}, {"q": {"b"}})
+    (tmp_path / "x.run").write_text(run)
+    with pytest.raises(ValueError, match=message):
+        grouprank.read_candidates(grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run")))
+
+
 # --- Jobs that stop and go on, jobs in parts, sweeps ----------------------------------------------
 
 
@@ -528,14 +545,21 @@ def test_a_sweep_over_methods_gives_each_its_prompt(collection, command):
 
 def test_a_sweep_is_drawn_with_a_line_for_each_setting(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    rows = [{"docs_per_group": c, "rounds": t, "grouping": g, "seed": s, "ndcg@10": 0.5 + 0.01 * c + 0.1 * s}
+    rows = [{"method": "groupwise", "docs_per_group": c, "rounds": t, "grouping": g, "seed": s,
+             "ndcg@10": 0.5 + 0.01 * c + 0.1 * s}
             for c in (5, 10) for t in (1, 2) for g in ("random", "rank") for s in (0, 1)]  # fmt: skip
+    rows.append({"method": "pointwise", "docs_per_group": 20, "rounds": 1, "grouping": "random", "ndcg@10": 0.4})
     evaluate._plot_sweep(figure, rows)
     left, right = figure.axes
     lines = {line.get_label(): np.ravel(line.get_data()) for line in left.get_lines()}
-    assert lines.keys() == {"random, 1", "random, 2", "rank, 1", "rank, 2"}
-    assert lines["rank, 2"] == pytest.approx([5, 10, 60.0, 65.0])  # the mean of two seeds
-    assert left.get_legend().get_title().get_text() == "grouping, rounds" and len(right.get_lines()) == 4
+    labels = {f"groupwise, {grouping}, t = {t}" for grouping in ("random", "rank") for t in (1, 2)}
+    assert lines.keys() == labels | {"pointwise, t = 1"}
+    assert lines["groupwise, rank, t = 2"] == pytest.approx([5, 10, 60.0, 65.0])  # the mean of two seeds
+    assert lines["pointwise, t = 1"] == pytest.approx([0, 1, 40, 40])  # across the axes: it has no c
+    assert [line.get_label() for line in right.get_lines()][-1] == "pointwise"
+    figure.savefig(tmp_path / "x.png")
+    for axis in figure.axes:
+        assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0  # covers no curve
 
 
 @pytest.mark.parametrize(
