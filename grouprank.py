@@ -3663,8 +3663,7 @@ class DemoWorld:
             marks.append(mark if seen else 0)
         return marks
 
-    def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None,
-                method: str = "groupwise") -> str:
+    def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None) -> str:
         """The reasoning: each query word and its mark, document by document; then the answer."""
         names, lines, scores = [self.concepts[c][0] for c in query], [], []
         for i, words in enumerate(docs, 1):
@@ -3672,15 +3671,8 @@ class DemoWorld:
             marked = " ".join(f"{n} {MARKS[m]}" for n, m in zip(names, marks, strict=True))
             lines.append(f"[{i}] {marked}")
             scores.append(sum(POINTS[m] for m in marks))
-        if method == "listwise":
-            order = sorted(range(1, len(docs) + 1), key=lambda i: -scores[i - 1])
-            answer = " > ".join(f"[{i}]" for i in order)
-        elif method == "pointwise":
-            answer = str(scores[0])
-        else:
-            answer = ",".join(f'"[{i}]":{score}' for i, score in enumerate(scores, 1))
-            answer = f"{{{answer}}}"
-        return f"<reason> {' '.join(lines)} </reason> <answer> {answer} </answer>"
+        answer = ",".join(f'"[{i}]":{score}' for i, score in enumerate(scores, 1))
+        return f"<reason> {' '.join(lines)} </reason> <answer> {{{answer}}} </answer>"
 
     def row(self, rng: random.Random, id: str, n_docs: int, *, kind: str) -> dict:
         """A training row: "sft" has the teacher's response, "grpo" and "dev" the true scores."""

@@ -287,23 +287,23 @@ def test_windows_of_all_queries_are_asked_together_and_each_waits_for_the_one_be
     assert [r.order[0] for r in rankings] == [29, 19, 9]
 
 
-@pytest.mark.parametrize(
-    ("answer", "order", "counted"),
-    [
-        ("[3] > [1] > [2] > [4]", [2, 0, 1, 3], "ok"),
-        ("[3] > [1]", [2, 0, 1, 3], "missing"),
-        ("[3] > [3] > [1] > [2] > [4] > [3]", [2, 0, 1, 3], "duplicate"),
-        ("[9] > [3] > [0] > [1] > [2] > [4]", [2, 0, 1, 3], "out_of_range"),
-        ("4, 2", [3, 1, 0, 2], "missing"),
-        ('{"[2]": 4, "[4]": 2}', [0, 1, 2, 3], "bad_json"),  # scores are no order: asked again
-    ],
-)
-def test_a_permutation_is_repaired_as_reference_tools_do_and_counted(answer, order, counted):
+@given(st.lists(st.integers(0, 7), max_size=8))
+def test_a_permutation_is_repaired_as_reference_tools_do_and_counted(numbers):
+    """RankGPT and rank_llm: of a repeated number the first counts, unknown ones go, the rest follow."""
+    answer = " > ".join(f"[{number}]" for number in numbers)
     backend = Scripted([f"<reason>x</reason><answer>{answer}</answer>"])
-    (ranking,), counts = rank(backend, [candidates([0] * 4)], method="listwise", retries=0)
+    (ranking,), counts = rank(backend, [candidates([0] * 5)], method="listwise", retries=0)
+    order = []
+    for number in [*numbers, 1, 2, 3, 4, 5]:
+        if 1 <= number <= 5 and number - 1 not in order:
+            order.append(number - 1)
     assert ranking.order == order
+    known = [number for number in numbers if 1 <= number <= 5]
+    counted = ("bad_json" if not known else "out_of_range" if known != numbers
+               else "duplicate" if len(set(known)) < len(known)
+               else "missing" if len(known) < 5 else "ok")  # fmt: skip
     assert counts[counted] == counts["calls"] == 1
-    assert counts["failed groups"] == (counted == "bad_json")
+    assert counts["failed groups"] == (counted == "bad_json")  # asked again, then the window's order
 
 
 def test_a_window_without_a_usable_answer_is_asked_again_and_in_the_end_keeps_its_order():
