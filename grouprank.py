@@ -3428,10 +3428,8 @@ def merge_shards(cfg: Config) -> None:
     write_reranked(out, rows, parts, record)
 
 
-# Settings that a sweep may vary, those that a back end does not hold; PLAN is in every line.
-PLAN = ("method", "grouping", "docs_per_group", "docs_stride", "rounds", "window", "step")
-SWEPT = (*PLAN, "top_k", "fusion_weight", "temperature", "top_p", "retries", "seed", "run",
-         "queries")
+# Settings that a sweep may vary: those that a back end does not hold.
+SWEPT = (*evaluate.SWEPT, "seed", "run", "queries")
 
 
 def read_sweep(items: Sequence[str]) -> list[dict]:
@@ -3452,6 +3450,12 @@ def read_sweep(items: Sequence[str]) -> list[dict]:
         if wrong:
             raise ValueError(f"--sweep {item}: {flag(name)} has no choice {sorted(wrong)[0]!r}")
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+def ranked_run(queries: Sequence[Candidates], orders: Sequence[Sequence[int]]) -> dict:
+    """{query id: {document id: minus its place}}: a run without the ties that scores have."""
+    return {query.qid: {query.ids[i]: -float(place) for place, i in enumerate(order)}
+            for query, order in zip(queries, orders, strict=True)}
 
 
 def mean_ndcg(qrels: dict, run: dict) -> float:
@@ -3484,8 +3488,8 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
             counts, started = Counter(), time.perf_counter()
             rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
             seconds = time.perf_counter() - started
-            run = {q.qid: dict(ranked_pairs(q, r)) for q, r in zip(queries, rankings, strict=True)}
-            line = {name: getattr(cfg, name) for name in PLAN} | values
+            run = ranked_run(queries, [ranking.order for ranking in rankings])
+            line = {name: getattr(cfg, name) for name in SWEPT}
             line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
                      "seconds": round(seconds, 3), **counts, "task": task}
             append_line(path, line)
@@ -3781,8 +3785,7 @@ def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> tuple[f
                               run=str(folder / "first.run"))
     queries, collection, _ = read_candidates(cfg)
     rankings = rank_queries(load_backend(cfg), prompt, queries, cfg, Counter(), show_progress=True)
-    run = {query.qid: {query.ids[i]: -float(place) for place, i in enumerate(ranking.order)}
-           for query, ranking in zip(queries, rankings, strict=True)}
+    run = ranked_run(queries, [ranking.order for ranking in rankings])
     spread = [float(np.std(v)) for ranking in rankings for v in ranking.votes if len(v) > 1]
     return mean_ndcg(collection.qrels, run), float(np.mean(spread)) if spread else math.nan
 

@@ -146,14 +146,13 @@ def measure(backend, queries, qrels, cfg, n_alone=0):
         grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, [query], cfg, Counter())
         alone.append(time.process_time() - started)
     for rounds in [cfg.rounds] if cfg.method == "listwise" else range(1, cfg.rounds + 1):
-        run = {}
-        for query, ranking in zip(queries, rankings, strict=True):
-            order = ranking.order
-            if rounds < cfg.rounds:
-                votes = [votes[:rounds] for votes in ranking.votes]
-                order = grouprank.order_candidates([sum(v) / len(v) if v else None for v in votes])
-            run[query.qid] = {query.ids[i]: -float(place) for place, i in enumerate(order)}
-        row = {name: getattr(cfg, name) for name in grouprank.PLAN} | {"rounds": rounds}
+        orders = [ranking.order for ranking in rankings]
+        if rounds < cfg.rounds:
+            votes = [[votes[:rounds] for votes in ranking.votes] for ranking in rankings]
+            orders = [grouprank.order_candidates([sum(v) / len(v) if v else None for v in of_query])
+                      for of_query in votes]  # fmt: skip
+        run = grouprank.ranked_run(queries, orders)
+        row = {name: getattr(cfg, name) for name in evaluate.SWEPT} | {"rounds": rounds}
         row |= {"ndcg@10": grouprank.mean_ndcg(qrels, run), "queries": len(queries)}
         if rounds == cfg.rounds:
             row |= {"seconds": seconds, "seconds_alone": statistics.mean(alone or [0]), **counts}

@@ -534,6 +534,16 @@ def test_a_sweep_writes_a_line_for_each_combination_and_keeps_finished_ones(coll
     assert [line | {"seconds": 0} for line in again[:4]] == [row | {"seconds": 0} for row in rows]
 
 
+def test_a_sweep_measures_the_ranking_that_a_run_would_hold(collection, command):
+    """Tied scores go by first-stage rank, not by document id as in a run with ties."""
+    tied = [make_answer([5] * n) for _ in range(9) for n in (3, 2, 2)]
+    command("--sweep rounds=1", "s.jsonl", backend=Scripted(tied))
+    (row,) = map(json.loads, (collection / "s.jsonl").open())
+    qrels = evaluate.read_qrels(collection / "beir" / "qrels" / "test.tsv")
+    first_stage = evaluate.read_run(collection / "first.run")
+    assert row["ndcg@10"] == pytest.approx(grouprank.mean_ndcg(qrels, first_stage))
+
+
 def test_a_sweep_over_methods_gives_each_its_prompt(collection, command):
     backend = command("--sweep method=pointwise,listwise,groupwise grouping=rank", "s.jsonl")
     asked = dict.fromkeys(chat.prompt for chats in backend.batches for chat in chats)
