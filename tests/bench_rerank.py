@@ -200,6 +200,13 @@ def average(rows, name):
     return statistics.mean(values) if values else float("nan")
 
 
+def spread(rows):
+    """NDCG@10: mean and deviation over the seeds."""
+    values = [row["ndcg@10"] for row in rows]
+    deviation = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
 def print_tables(rows):
     """Markdown: the methods, then group sizes and rounds."""
     cells = defaultdict(list)
@@ -207,7 +214,7 @@ def print_tables(rows):
         cells[row["method"], row["grouping"], row["docs_per_group"], row["rounds"]].append(row)
     first = statistics.mean({row["seed"]: row["first_stage"] for row in rows}.values())
     print(f"\nfirst stage (simulated): NDCG@10 {first:.4f}; {rows[0]['queries']} queries,"
-          f" seeds {sorted({row['seed'] for row in rows})}\n\n| method | NDCG@10 (each seed) | calls |"
+          f" seeds {sorted({row['seed'] for row in rows})}\n\n| method | NDCG@10 | calls |"
           " prompt tokens | answer tokens | batched, s | alone, s |\n|---|---|---|---|---|---|---|")
     for key, found in cells.items():
         method, grouping, size, rounds = key
@@ -215,20 +222,20 @@ def print_tables(rows):
             continue
         label = {"groupwise": f"groupwise, c = {size}, {grouping}", "pointwise": "pointwise",
                  "listwise": f"listwise, w = {size}, {rounds} pass(es)"}[method]  # fmt: skip
-        each = ", ".join(f"{row['ndcg@10']:.4f}" for row in found)
         numbers = [average(found, n) for n in ("calls", "prompt tokens", "completion tokens")]
         seconds = [average(found, n) for n in ("seconds", "seconds_alone")]
-        print(f"| {label} | {average(found, 'ndcg@10'):.4f} ({each}) | "
+        print(f"| {label} | {spread(found)} | "
               + " | ".join(f"{x:.0f}" for x in numbers) + " | "
               + " | ".join(f"{x:.3f}" if x else "" for x in seconds) + " |")
     print("\n| c | " + " | ".join(f"t = {t}" for t in range(1, ROUNDS + 1)) + " |\n"
           + "|---" * (ROUNDS + 1) + "|")
     for size in SIZES:
-        values = [average(cells["groupwise", "random", size, t], "ndcg@10") for t in range(1, ROUNDS + 1)]
-        print(f"| {size} | " + " | ".join(f"{x:.4f}" for x in values) + " |")
-    failed = sum(row.get("failed groups", 0) for row in rows)
-    print(f"\n{failed} groups unusable after all tries; repaired or odd answers:",
-          {s: n for s in grouprank.STATUSES[:-1] if (n := sum(row.get(s, 0) for row in rows))})
+        values = [spread(cells["groupwise", "random", size, t]) for t in range(1, ROUNDS + 1)]
+        print(f"| {size} | " + " | ".join(values) + " |")
+    names = (*grouprank.STATUSES, "calls", "truncated", "failed groups", "unscored documents")
+    for method in grouprank.METHODS:
+        counts = {n: sum(row.get(n, 0) for row in rows if row["method"] == method) for n in names}
+        print(f"\n{method}: {grouprank.describe_counts(Counter(counts))}")
 
 
 # --- Table 2: random weights at realistic lengths -------------------------------------------------
