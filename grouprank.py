@@ -3333,6 +3333,8 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
         raise ValueError("--rerank needs --out FILE for the reranked run")
     number, n_parts = cfg.part
     out = Path(f"{cfg.out}.{number}-of-{n_parts}" if cfg.shard else cfg.out)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; --rerank writes a run file")
     partial = out.with_name(out.name + ".partial")
     if not cfg.resume:
         evaluate.refuse_overwrite(out, cfg.overwrite)
@@ -3406,8 +3408,9 @@ def merge_shards(cfg: Config) -> None:
              if (m := name.fullmatch(path.name))}
     sizes = sorted({n_parts for n_parts, _ in found})
     if len(sizes) != 1:
-        raise ValueError(f"{out}: --merge found parts of {sizes or 'no'} splits beside it,"
-                         " it needs those of one (OUT.1-of-N, OUT.2-of-N, ...)")
+        there = f"splits into {' and '.join(map(str, sizes))}" if sizes else "no split"
+        raise ValueError(f"{out}: --merge needs the parts {out.name}.1-of-N, {out.name}.2-of-N, ..."
+                         f" of one split beside it, there are those of {there}")
     n_parts = sizes[0]
     missing = [i for i in range(1, n_parts + 1) if (n_parts, i) not in found]
     if missing:

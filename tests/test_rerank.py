@@ -468,6 +468,14 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(collection, command, 
         command("--rerank", "o.run", "--resume", "--rounds=2")
 
 
+def test_a_folder_as_out_is_refused_before_anything_is_asked(collection, command):
+    (collection / "folder").mkdir()
+    backend = Scripted()
+    with pytest.raises(ValueError, match="folder is a folder; --rerank writes a run file"):
+        command("--rerank", "folder", backend=backend)
+    assert backend.seeds == []
+
+
 def test_other_candidates_are_another_job(collection, command):
     with pytest.raises(KeyboardInterrupt):
         command("--rerank", "o.run", backend=Dying(collection / "o.run.partial"))
@@ -491,7 +499,7 @@ def test_parts_of_a_job_merge_to_the_bytes_of_the_whole(collection, command, met
 
 def test_a_merge_misses_no_part(collection, command):
     merge = ["--merge", "--out", str(collection / "o.run")]
-    with pytest.raises(ValueError, match="found parts of no splits"):
+    with pytest.raises(ValueError, match=r"o.run.2-of-N, ... of one split beside it, there are those of no split"):
         grouprank.main(merge)
     for i in (1, 4):
         command("--rerank", "o.run", f"--shard={i}/4")
@@ -507,7 +515,7 @@ def test_a_merge_misses_no_part(collection, command):
     with pytest.raises(ValueError, match="o.run.3-of-4 holds 1 queries, not the 2 that were written"):
         grouprank.main(merge)
     command("--rerank", "o.run", "--shard=1/3")
-    with pytest.raises(ValueError, match=r"found parts of \[3, 4\] splits"):
+    with pytest.raises(ValueError, match="there are those of splits into 3 and 4"):
         grouprank.main(merge)
     with pytest.raises(ValueError, match="--shard 11/12: there are only 9 queries"):
         command("--rerank", "o.run", "--shard=11/12")
