@@ -3471,6 +3471,8 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
     path = Path(given.get("out") or "sweep.jsonl")
     combinations = read_sweep(items)
     base, prompt = rerank_settings(given)
+    if base.shard:
+        raise ValueError("--shard splits a --rerank; a sweep goes over all queries")
     tasks = [dataclasses.replace(base, **values) for values in combinations]
     prompts = {base.method: prompt}
     for method in {cfg.method for cfg in tasks} - {base.method}:

@@ -535,6 +535,8 @@ def test_a_sweep_writes_a_line_for_each_combination_and_keeps_finished_ones(coll
     assert "docs-per-group 7, rounds 2: NDCG@10 1.0000, 2 calls and" in capsys.readouterr().out
     with pytest.raises(ValueError, match="add --resume"):
         command(sweep, "sweep.jsonl")
+    with pytest.raises(ValueError, match="--shard splits a --rerank"):
+        command(sweep, "other.jsonl", "--shard=1/2")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]) + '{"docs')
     second = command(sweep.replace("1,7", "1,7,3"), "sweep.jsonl", "--resume")
     assert second.seeds[:18] == first.seeds[-18:] and len(second.seeds) == 18 + 27 + 54
