@@ -101,13 +101,13 @@ def write_rows(path, world, method, docs_per_group, n_docs):
                 file.write(json.dumps(row) + "\n")
 
 
-def train_model(folder, start, world, method, docs_per_group, n_docs):
+def train_model(folder, start, world, method, docs_per_group, n_docs, lr):
     """One model, trained from another; returns its folder and the CPU seconds of its training."""
     out = folder / f"{method}-{docs_per_group}"
     out.mkdir()
     write_rows(out / "rows.jsonl", world, method, docs_per_group, n_docs)
     cfg = grouprank.Config(**SETTINGS | {
-        "model": str(start), "data": str(out / "rows.jsonl"), "seed": world.seed,
+        "model": str(start), "data": str(out / "rows.jsonl"), "seed": world.seed, "sft_lr": lr,
         "docs_per_group": docs_per_group, "sft_batch": DOCS_PER_STEP // docs_per_group})  # fmt: skip
     started = time.process_time()
     grouprank.train(cfg, grouprank.DEMO_PROMPT, out / "model")
@@ -127,7 +127,8 @@ def train_base(folder, world):
     transformers.Qwen3ForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
     for size, n_docs in BASE_DOCS.items():
-        model, _ = train_model(folder, model, world, "base", size, n_docs)
+        lr = 3e-3 if size == 1 else 1e-3  # more makes it forget what it has learned, at a new size
+        model, _ = train_model(folder, model, world, "base", size, n_docs, lr)
     return model
 
 
@@ -173,7 +174,7 @@ def run_seed(seed, args, out):
             plans.append(("groupwise", size, [{"rounds": 1}, {"rounds": ROUNDS}, *rank]))
         rows = []
         for method, size, variants in plans:
-            model, train_s = train_model(folder, base, world, method, size, args.docs)
+            model, train_s = train_model(folder, base, world, method, size, args.docs, 2e-3)
             cfg = grouprank.Config(**SETTINGS | {
                 "model": str(model), "data": str(folder), "run": str(folder / "first.run"),
                 "method": method, "docs_per_group": size, "seed": seed,
