@@ -476,6 +476,22 @@ def test_a_folder_as_out_is_refused_before_anything_is_asked(collection, command
     assert backend.seeds == []
 
 
+def test_a_second_process_is_refused_in_one_job(collection, command):
+    class Twice(Scripted):
+        def __call__(self, *arguments, **options):
+            for option in ("--resume", "--overwrite"):
+                with pytest.raises(ValueError, match="another process works on .*o.run.partial"):
+                    grouprank.main([*given, option])
+            return super().__call__(*arguments, **options)
+
+    given = ["--rerank", "--endpoint=http://h/v1", "--model=m", f"--data={collection / 'beir'}",
+             f"--run={collection / 'first.run'}", f"--out={collection / 'o.run'}"]  # fmt: skip
+    command("--rerank", "whole.run")
+    command("--rerank", "o.run", backend=Twice())
+    assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
+    assert not (collection / "o.run.partial").exists()
+
+
 def test_other_candidates_are_another_job(collection, command):
     with pytest.raises(KeyboardInterrupt):
         command("--rerank", "o.run", backend=Dying(collection / "o.run.partial"))
