@@ -942,22 +942,36 @@ SWEPT = ("method", "grouping", "docs_per_group", "docs_stride", "rounds", "windo
 
 
 def _plot_sweep(figure, rows):
-    """NDCG@10 by group size (the paper's Fig. 3) and by rounds (its Fig. 5), a line per setting."""
-    figure.set_size_inches(6.4, 2.8)
-    names = {"docs_per_group": "documents per group", "rounds": "rounds"}
+    """NDCG@10 by group size c (the paper's Fig. 3) and by rounds t (its Fig. 5).
+
+    A line for each setting; dashed across where a method has no groups.
+    """
+    own = {"groupwise": {"grouping", "docs_per_group", "docs_stride"}, "pointwise": set(),
+           "listwise": {"window", "step"}}  # fmt: skip
+    letters = {"docs_per_group": "c", "rounds": "t"}
     varied = [name for name in SWEPT if len({row.get(name) for row in rows}) > 1]
-    for axis, x in zip(figure.subplots(1, 2), names, strict=True):
-        others, lines = [name for name in varied if name != x], {}
+    figure.set_size_inches(7.2, 4.8)
+    for axis, x in zip(figure.subplots(1, 2), letters, strict=True):
+        lines = {}
         for row in rows:
-            line = lines.setdefault(", ".join(str(row.get(name)) for name in others), {})
+            method = row.get("method", "groupwise")
+            unused = set().union(*(own[other] for other in own if other != method))
+            label = ", ".join(
+                str(row.get(name)) if name in ("method", "grouping")
+                else f"{letters.get(name, name.replace('_', ' '))} = {row.get(name)}"
+                for name in varied if name != x and name not in unused)  # fmt: skip
+            line = lines.setdefault((label, x in unused), {})
             line.setdefault(row[x], []).append(100 * row["ndcg@10"])
-        for label, points in lines.items():
+        for number, ((label, flat), points) in enumerate(lines.items()):
             means = [np.mean(points[value]) for value in sorted(points)]
-            axis.plot(sorted(points), means, marker="o", markersize=3, label=label)
-        axis.set(xlabel=names[x], ylabel="NDCG@10 (0-100)", xticks=sorted({row[x] for row in rows}))
-        if others:
-            title = ", ".join(names.get(name, name.replace("_", " ")) for name in others)
-            axis.legend(title=title, title_fontsize=7, ncols=2)
+            if flat:
+                axis.axhline(means[0], color=f"C{number}", linestyle="--", label=label)
+            else:
+                axis.plot(sorted(points), means, f"C{number}o-", markersize=3, label=label)
+        axis.set(xlabel=("documents per group, c" if x == "docs_per_group" else "rounds, t"),
+                 ylabel="NDCG@10 (0-100)", xticks=sorted({row[x] for row in rows}))  # fmt: skip
+        if varied != [x]:  # below the axes: curves may lie anywhere inside
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
 
 def _plot_pair(figure, rows):

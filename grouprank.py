@@ -3691,6 +3691,8 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection,
         if ids:
             texts = [collection.corpus[d] for d in ids]
             queries.append(Candidates(qid, query, ids, texts, [scores[d] for d in ids]))
+    if not queries:
+        raise ValueError(f"{cfg.run} leaves nothing to rerank: {cfg.data} excludes each document")
     return queries, collection, counts
 
 
@@ -3774,6 +3776,8 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
         raise ValueError("--rerank needs --out FILE for the reranked run")
     number, n_parts = cfg.part
     out = Path(f"{cfg.out}.{number}-of-{n_parts}" if cfg.shard else cfg.out)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; --rerank writes a run file")
     partial = out.with_name(out.name + ".partial")
     if not cfg.resume:
         evaluate.refuse_overwrite(out, cfg.overwrite)
@@ -3855,8 +3859,9 @@ def merge_shards(cfg: Config) -> None:
              if (m := name.fullmatch(path.name))}
     sizes = sorted({n_parts for n_parts, _ in found})
     if len(sizes) != 1:
-        raise ValueError(f"{out}: --merge found parts of {sizes or 'no'} splits beside it,"
-                         " it needs those of one (OUT.1-of-N, OUT.2-of-N, ...)")
+        there = f"splits into {' and '.join(map(str, sizes))}" if sizes else "no split"
+        raise ValueError(f"{out}: --merge needs the parts {out.name}.1-of-N, {out.name}.2-of-N, ..."
+                         f" of one split beside it, there are those of {there}")
     n_parts = sizes[0]
     missing = [i for i in range(1, n_parts + 1) if (n_parts, i) not in found]
     if missing:
@@ -3877,10 +3882,8 @@ def merge_shards(cfg: Config) -> None:
     write_reranked(out, rows, parts, record)
 
 
-# Settings that a sweep may vary, those that a back end does not hold; PLAN is in every line.
-PLAN = ("method", "grouping", "docs_per_group", "docs_stride", "rounds", "window", "step")
-SWEPT = (*PLAN, "top_k", "fusion_weight", "temperature", "top_p", "retries", "seed", "run",
-         "queries")
+# Settings that a sweep may vary: those that a back end does not hold.
+SWEPT = (*evaluate.SWEPT, "seed", "run", "queries")
 
 
 def read_sweep(items: Sequence[str]) -> list[dict]:
@@ -3903,6 +3906,12 @@ def read_sweep(items: Sequence[str]) -> list[dict]:
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
+def ranked_run(queries: Sequence[Candidates], orders: Sequence[Sequence[int]]) -> dict:
+    """{query id: {document id: minus its place}}: a run without the ties that scores have."""
+    return {query.qid: {query.ids[i]: -float(place) for place, i in enumerate(order)}
+            for query, order in zip(queries, orders, strict=True)}
+
+
 def mean_ndcg(qrels: dict, run: dict) -> float:
     """Mean NDCG@10 over the queries."""
     return float(np.mean(list(evaluate.evaluate_run(qrels, run)["ndcg@10"].values())))
@@ -3913,6 +3922,8 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
     path = Path(given.get("out") or "sweep.jsonl")
     combinations = read_sweep(items)
     base, prompt = rerank_settings(given)
+    if base.shard:
+        raise ValueError("--shard splits a --rerank; a sweep goes over all queries")
     tasks = [dataclasses.replace(base, **values) for values in combinations]
     prompts = {base.method: prompt}
     for method in {cfg.method for cfg in tasks} - {base.method}:
@@ -3934,9 +3945,8 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
                 counts, started = Counter(), time.perf_counter()
                 rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
                 seconds = time.perf_counter() - started
-                run = {q.qid: dict(ranked_pairs(q, r))
-                       for q, r in zip(queries, rankings, strict=True)}
-                line = {name: getattr(cfg, name) for name in PLAN} | values
+                run = ranked_run(queries, [ranking.order for ranking in rankings])
+                line = {name: getattr(cfg, name) for name in SWEPT}
                 line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
                          "seconds": round(seconds, 3), **counts, "task": task}
                 append_line(path, line)
@@ -4226,8 +4236,7 @@ class DemoWorld:
             marks.append(mark if seen else 0)
         return marks
 
-    def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None,
-                method: str = "groupwise") -> str:
+    def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None) -> str:
         """The reasoning: each query word and its mark, document by document; then the answer."""
         names, lines, scores = [self.concepts[c][0] for c in query], [], []
         for i, words in enumerate(docs, 1):
@@ -4235,15 +4244,8 @@ class DemoWorld:
             marked = " ".join(f"{n} {MARKS[m]}" for n, m in zip(names, marks, strict=True))
             lines.append(f"[{i}] {marked}")
             scores.append(sum(POINTS[m] for m in marks))
-        if method == "listwise":
-            order = sorted(range(1, len(docs) + 1), key=lambda i: -scores[i - 1])
-            answer = " > ".join(f"[{i}]" for i in order)
-        elif method == "pointwise":
-            answer = str(scores[0])
-        else:
-            answer = ",".join(f'"[{i}]":{score}' for i, score in enumerate(scores, 1))
-            answer = f"{{{answer}}}"
-        return f"<reason> {' '.join(lines)} </reason> <answer> {answer} </answer>"
+        answer = ",".join(f'"[{i}]":{score}' for i, score in enumerate(scores, 1))
+        return f"<reason> {' '.join(lines)} </reason> <answer> {{{answer}}} </answer>"
 
     def row(self, rng: random.Random, id: str, n_docs: int, *, kind: str) -> dict:
         """A training row: "sft" has the teacher's response, "grpo" and "dev" the true scores."""
@@ -4352,8 +4354,7 @@ def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> tuple[f
                               run=str(folder / "first.run"))
     queries, collection, _ = read_candidates(cfg)
     rankings = rank_queries(load_backend(cfg), prompt, queries, cfg, Counter(), show_progress=True)
-    run = {query.qid: {query.ids[i]: -float(place) for place, i in enumerate(ranking.order)}
-           for query, ranking in zip(queries, rankings, strict=True)}
+    run = ranked_run(queries, [ranking.order for ranking in rankings])
     spread = [float(np.std(v)) for ranking in rankings for v in ranking.votes if len(v) > 1]
     return mean_ndcg(collection.qrels, run), float(np.mean(spread)) if spread else math.nan
 

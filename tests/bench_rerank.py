@@ -4,12 +4,13 @@
     python tests/bench_rerank.py --realistic                           # random weights, real lengths
 
 The first bench trains small models on the demo's world. A base learns the reasoning about groups of
-1, then 5, 10 and 20 documents, without any answer. From it one model for each method is trained by
-SFT on the same documents with their true marks, as many a step, in as many steps: one pointwise,
-one listwise (windows of 20), and one groupwise for each group size, because a model of this size
-learns where in a prompt a document stands rather than to look it up by its number. The first stage
-is simulated: the true score plus noise. Rows go to OUT/sweep.jsonl, which `evaluate.py --plot`
-draws; a seed that is there is not run again.
+1, then 2, 5, 10 and 20 documents, without any answer. From it one model for each method is trained
+by SFT on the same documents with their true marks, as many a step, in as many steps: one pointwise,
+one listwise, and one groupwise for each group size, because a model of this size learns where in a
+prompt a document stands rather than to look it up by its number. The listwise reasoning sorts as
+well, level by level, and the answer copies that order: a model of this size does not sort without,
+and with it in windows of 10, not of 20. The first stage is simulated: the true score plus noise.
+Rows go to OUT/sweep.jsonl, which `evaluate.py --plot` draws; a seed that is there is not run again.
 
 Seconds are those of one core (CPU time of this process), so that other work on the machine does
 not count. "alone" is a query that is reranked by itself, "batched" its share of all together.
@@ -35,9 +36,9 @@ import evaluate
 import grouprank
 
 SIZES, ROUNDS, CANDIDATES, DOCS_PER_STEP = (1, 5, 10, 20), 5, 100, 100
-BASE_DOCS = (10_000, 20_000, 20_000, 50_000)  # for each size, one after the other
+BASE_DOCS = {1: 30_000, 2: 10_000, 5: 20_000, 10: 30_000, 20: 50_000}  # by size, in turn
 SETTINGS = grouprank.DEMO_SETTINGS | {
-    "stage": "sft", "max_prompt_tokens": 400, "max_new_tokens": 240, "eval_every": 0,
+    "stage": "sft", "max_prompt_tokens": 400, "max_new_tokens": 300, "eval_every": 0,
     "save_every": 0, "device": "cpu"}  # fmt: skip
 
 
@@ -56,6 +57,28 @@ def write_collection(folder, world, n_queries, noise):
     evaluate.write_run(folder / "first.run", run, tag="simulated")
 
 
+def respond(world, query, docs, method):
+    """The reasoning: query words with their marks and the sum, document by document; the answer.
+
+    Listwise goes on with a walk down the levels: at each, the documents of that sum, then a stop.
+    """
+    names, lines = [world.concepts[c][0] for c in query], []
+    marks = [world.marks(query, words) for words in docs]
+    scores = [sum(grouprank.POINTS[m] for m in of_doc) for of_doc in marks]
+    for i, (of_doc, score) in enumerate(zip(marks, scores, strict=True), 1):
+        marked = " ".join(f"{n} {grouprank.MARKS[m]}" for n, m in zip(names, of_doc, strict=True))
+        lines.append(f"[{i}] {marked} {score}")
+    answer = "{" + ",".join(f'"[{i}]":{score}' for i, score in enumerate(scores, 1)) + "}"
+    if method == "pointwise":
+        answer = str(scores[0])
+    if method == "listwise":
+        levels = {level: [f"[{i}]" for i, score in enumerate(scores, 1) if score == level]
+                  for level in range(9, -1, -1)}  # fmt: skip
+        lines += [f"{level} {found}" for level, of_level in levels.items() for found in [*of_level, "."]]
+        answer = " > ".join(itertools.chain(*levels.values()))
+    return f"<reason> {' '.join(lines)} </reason> <answer> {answer} </answer>"
+
+
 def write_rows(path, world, method, docs_per_group, n_docs):
     """Training rows: the same documents for every method and group size, with their true marks.
 
@@ -69,7 +92,7 @@ def write_rows(path, world, method, docs_per_group, n_docs):
             docs = [world.draw_document(rng, query) for _ in range(20)]
             for start in range(0, 20, docs_per_group):
                 group = docs[start : start + docs_per_group]
-                response = world.respond(query, group, None, method)
+                response = respond(world, query, group, method)
                 if method == "base":
                     response = response.partition(" <answer>")[0]
                 row = {"id": f"{number}-{start}", "query": " ".join(world.concepts[c][0] for c in query),
@@ -78,13 +101,13 @@ def write_rows(path, world, method, docs_per_group, n_docs):
                 file.write(json.dumps(row) + "\n")
 
 
-def train_model(folder, start, world, method, docs_per_group, n_docs):
+def train_model(folder, start, world, method, docs_per_group, n_docs, lr):
     """One model, trained from another; returns its folder and the CPU seconds of its training."""
     out = folder / f"{method}-{docs_per_group}"
     out.mkdir()
     write_rows(out / "rows.jsonl", world, method, docs_per_group, n_docs)
     cfg = grouprank.Config(**SETTINGS | {
-        "model": str(start), "data": str(out / "rows.jsonl"), "seed": world.seed,
+        "model": str(start), "data": str(out / "rows.jsonl"), "seed": world.seed, "sft_lr": lr,
         "docs_per_group": docs_per_group, "sft_batch": DOCS_PER_STEP // docs_per_group})  # fmt: skip
     started = time.process_time()
     grouprank.train(cfg, grouprank.DEMO_PROMPT, out / "model")
@@ -92,12 +115,20 @@ def train_model(folder, start, world, method, docs_per_group, n_docs):
 
 
 def train_base(folder, world):
-    """The model from which every method starts."""
+    """The model from which every method starts.
+
+    The demo's, with heads of 48 and slower rotary frequencies: those of the demo turn too far over
+    a whole answer for a document to be looked up by its sum, which is what sorting takes.
+    """
     tokenizer, model = grouprank.demo_tokenizer(world, more=[">"]), folder / "untrained"
-    grouprank.demo_model(tokenizer, world.seed).save_pretrained(model)
+    config = grouprank.demo_model(tokenizer, world.seed).config
+    config.head_dim, config.rope_parameters["rope_theta"] = 48, 1e5
+    torch.manual_seed(world.seed)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    for size, n_docs in zip(SIZES, BASE_DOCS, strict=True):
-        model, _ = train_model(folder, model, world, "base", size, n_docs)
+    for size, n_docs in BASE_DOCS.items():
+        lr = 3e-3 if size == 1 else 1e-3  # more makes it forget what it has learned, at a new size
+        model, _ = train_model(folder, model, world, "base", size, n_docs, lr)
     return model
 
 
@@ -116,14 +147,13 @@ def measure(backend, queries, qrels, cfg, n_alone=0):
         grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, [query], cfg, Counter())
         alone.append(time.process_time() - started)
     for rounds in [cfg.rounds] if cfg.method == "listwise" else range(1, cfg.rounds + 1):
-        run = {}
-        for query, ranking in zip(queries, rankings, strict=True):
-            order = ranking.order
-            if rounds < cfg.rounds:
-                votes = [votes[:rounds] for votes in ranking.votes]
-                order = grouprank.order_candidates([sum(v) / len(v) if v else None for v in votes])
-            run[query.qid] = {query.ids[i]: -float(place) for place, i in enumerate(order)}
-        row = {name: getattr(cfg, name) for name in grouprank.PLAN} | {"rounds": rounds}
+        orders = [ranking.order for ranking in rankings]
+        if rounds < cfg.rounds:
+            votes = [[votes[:rounds] for votes in ranking.votes] for ranking in rankings]
+            orders = [grouprank.order_candidates([sum(v) / len(v) if v else None for v in of_query])
+                      for of_query in votes]  # fmt: skip
+        run = grouprank.ranked_run(queries, orders)
+        row = {name: getattr(cfg, name) for name in evaluate.SWEPT} | {"rounds": rounds}
         row |= {"ndcg@10": grouprank.mean_ndcg(qrels, run), "queries": len(queries)}
         if rounds == cfg.rounds:
             row |= {"seconds": seconds, "seconds_alone": statistics.mean(alone or [0]), **counts}
@@ -132,22 +162,23 @@ def measure(backend, queries, qrels, cfg, n_alone=0):
 
 def run_seed(seed, args, out):
     """Train and measure everything for one seed."""
-    world = grouprank.DemoWorld(seed, doc_words=6)
+    world = grouprank.DemoWorld(seed, doc_words=7)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_collection(folder, world, args.queries, args.noise)
         base = train_base(folder, world)
         plans = [("pointwise", 1, [{"rounds": 1}]),
-                 ("listwise", 20, [{"rounds": 1}, {"rounds": 2}])]  # fmt: skip
+                 ("listwise", args.window, [{"rounds": 1}, {"rounds": 2}])]  # fmt: skip
         for size in SIZES:
             rank = [{"rounds": 1, "grouping": "rank"}] if size > 1 else []
             plans.append(("groupwise", size, [{"rounds": 1}, {"rounds": ROUNDS}, *rank]))
         rows = []
         for method, size, variants in plans:
-            model, train_s = train_model(folder, base, world, method, size, args.docs)
+            model, train_s = train_model(folder, base, world, method, size, args.docs, 2e-3)
             cfg = grouprank.Config(**SETTINGS | {
                 "model": str(model), "data": str(folder), "run": str(folder / "first.run"),
-                "method": method, "docs_per_group": size, "seed": seed})  # fmt: skip
+                "method": method, "docs_per_group": size, "seed": seed,
+                "window": args.window, "step": args.window // 2})  # fmt: skip
             queries, collection, _ = grouprank.read_candidates(cfg)
             backend = grouprank.load_backend(cfg)
             for changes in variants:
@@ -170,36 +201,42 @@ def average(rows, name):
     return statistics.mean(values) if values else float("nan")
 
 
+def spread(rows):
+    """NDCG@10: mean and deviation over the seeds."""
+    values = [row["ndcg@10"] for row in rows]
+    deviation = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
 def print_tables(rows):
     """Markdown: the methods, then group sizes and rounds."""
     cells = defaultdict(list)
     for row in rows:
-        size = 20 if row["method"] == "listwise" else row["docs_per_group"]
-        cells[row["method"], row["grouping"], size, row["rounds"]].append(row)
+        cells[row["method"], row["grouping"], row["docs_per_group"], row["rounds"]].append(row)
     first = statistics.mean({row["seed"]: row["first_stage"] for row in rows}.values())
     print(f"\nfirst stage (simulated): NDCG@10 {first:.4f}; {rows[0]['queries']} queries,"
-          f" seeds {sorted({row['seed'] for row in rows})}\n\n| method | NDCG@10 (each seed) | calls |"
+          f" seeds {sorted({row['seed'] for row in rows})}\n\n| method | NDCG@10 | calls |"
           " prompt tokens | answer tokens | batched, s | alone, s |\n|---|---|---|---|---|---|---|")
     for key, found in cells.items():
         method, grouping, size, rounds = key
         if rounds > 1 and method != "listwise":
             continue
         label = {"groupwise": f"groupwise, c = {size}, {grouping}", "pointwise": "pointwise",
-                 "listwise": f"listwise, {rounds} pass(es)"}[method]  # fmt: skip
-        each = ", ".join(f"{row['ndcg@10']:.4f}" for row in found)
+                 "listwise": f"listwise, w = {size}, {rounds} pass(es)"}[method]  # fmt: skip
         numbers = [average(found, n) for n in ("calls", "prompt tokens", "completion tokens")]
         seconds = [average(found, n) for n in ("seconds", "seconds_alone")]
-        print(f"| {label} | {average(found, 'ndcg@10'):.4f} ({each}) | "
+        print(f"| {label} | {spread(found)} | "
               + " | ".join(f"{x:.0f}" for x in numbers) + " | "
               + " | ".join(f"{x:.3f}" if x else "" for x in seconds) + " |")
     print("\n| c | " + " | ".join(f"t = {t}" for t in range(1, ROUNDS + 1)) + " |\n"
           + "|---" * (ROUNDS + 1) + "|")
     for size in SIZES:
-        values = [average(cells["groupwise", "random", size, t], "ndcg@10") for t in range(1, ROUNDS + 1)]
-        print(f"| {size} | " + " | ".join(f"{x:.4f}" for x in values) + " |")
-    failed = sum(row.get("failed groups", 0) for row in rows)
-    print(f"\n{failed} groups unusable after all tries; repaired or odd answers:",
-          {s: n for s in grouprank.STATUSES[:-1] if (n := sum(row.get(s, 0) for row in rows))})
+        values = [spread(cells["groupwise", "random", size, t]) for t in range(1, ROUNDS + 1)]
+        print(f"| {size} | " + " | ".join(values) + " |")
+    names = (*grouprank.STATUSES, "calls", "truncated", "failed groups", "unscored documents")
+    for method in grouprank.METHODS:
+        counts = {n: sum(row.get(n, 0) for row in rows if row["method"] == method) for n in names}
+        print(f"\n{method}: {grouprank.describe_counts(Counter(counts))}")
 
 
 # --- Table 2: random weights at realistic lengths -------------------------------------------------
@@ -260,6 +297,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--docs", type=int, default=60_000, help="training documents of a method")
     parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--window", type=int, default=10, help="listwise; it moves by half of it")
     parser.add_argument("--alone", type=int, default=5, help="queries timed one by one")
     parser.add_argument("--noise", type=float, default=3.0, help="deviation of the first stage")
     parser.add_argument("--realistic", action="store_true", help="random weights, real lengths")

@@ -156,6 +156,7 @@ def test_a_rating_is_one_whole_number_from_0_to_10(inside, status, scores):
         ("[2] > [2] > [9]", "out_of_range", [2, 1, 3]),
         ("[9]", "bad_json", None),
         ("none of them", "bad_json", None),
+        ('{"[2]": 3, "[1]": 1}', "bad_json", None),  # scores are no order
     ],
 )
 def test_a_permutation_is_repaired_as_reference_tools_do_and_the_fault_is_told(

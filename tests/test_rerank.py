@@ -289,23 +289,23 @@ def test_windows_of_all_queries_are_asked_together_and_each_waits_for_the_one_be
     assert [r.order[0] for r in rankings] == [29, 19, 9]
 
 
-@pytest.mark.parametrize(
-    ("answer", "order", "counted"),
-    [
-        ("[3] > [1] > [2] > [4]", [2, 0, 1, 3], "ok"),
-        ("[3] > [1]", [2, 0, 1, 3], "missing"),
-        ("[3] > [3] > [1] > [2] > [4] > [3]", [2, 0, 1, 3], "duplicate"),
-        ("[9] > [3] > [0] > [1] > [2] > [4]", [2, 0, 1, 3], "out_of_range"),
-        ("4, 2", [3, 1, 0, 2], "missing"),
-        ('{"[2]": 4, "[4]": 2}', [0, 1, 2, 3], "bad_json"),  # scores are no order: asked again
-    ],
-)
-def test_a_permutation_is_repaired_as_reference_tools_do_and_counted(answer, order, counted):
+@given(st.lists(st.integers(0, 7), max_size=8))
+def test_a_permutation_is_repaired_as_reference_tools_do_and_counted(numbers):
+    """RankGPT and rank_llm: of a repeated number the first counts, unknown ones go, the rest follow."""
+    answer = " > ".join(f"[{number}]" for number in numbers)
     backend = Scripted([f"<reason>x</reason><answer>{answer}</answer>"])
-    (ranking,), counts = rank(backend, [candidates([0] * 4)], method="listwise", retries=0)
+    (ranking,), counts = rank(backend, [candidates([0] * 5)], method="listwise", retries=0)
+    order = []
+    for number in [*numbers, 1, 2, 3, 4, 5]:
+        if 1 <= number <= 5 and number - 1 not in order:
+            order.append(number - 1)
     assert ranking.order == order
+    known = [number for number in numbers if 1 <= number <= 5]
+    counted = ("bad_json" if not known else "out_of_range" if known != numbers
+               else "duplicate" if len(set(known)) < len(known)
+               else "missing" if len(known) < 5 else "ok")  # fmt: skip
     assert counts[counted] == counts["calls"] == 1
-    assert counts["failed groups"] == (counted == "bad_json")
+    assert counts["failed groups"] == (counted == "bad_json")  # asked again, then the window's order
 
 
 def test_a_window_without_a_usable_answer_is_asked_again_and_in_the_end_keeps_its_order():
@@ -380,6 +380,23 @@ def test_reading_candidates_honours_exclusions_and_the_cut(tmp_path):
     queries, _, counts = grouprank.read_candidates(cfg)
     assert [(q.qid, q.ids) for q in queries] == [("q", ["c", "a"])]
     assert counts["queries without a run"] == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("", r"x\.run: the run is empty"),
+        ('{"q": {}}', r"x\.run: the run is empty"),
+        ("z Q0 a 1 1.0 t", "share no query: the run has 'z', the collection 'q'"),
+        ("q Q0 z 1 1.0 t", r"query 'q' names document 'z', which .*corpus\.jsonl does not have"),
+        ("q Q0 b 1 1.0 t", r"x\.run leaves nothing to rerank: .* excludes each document"),
+    ],
+)
+def test_a_run_without_candidates_is_one_sentence(tmp_path, run, message):
+    evaluate.write_collection(tmp_path, {"a": "A", "b": "B"}, {"q": "Q"}, {"q": {"a": 1}}, {"q": {"b"}})
+    (tmp_path / "x.run").write_text(run)
+    with pytest.raises(ValueError, match=message):
+        grouprank.read_candidates(grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run")))
 
 
 # --- Jobs that stop and go on, jobs in parts, sweeps ----------------------------------------------
@@ -474,6 +491,14 @@ def test_a_signal_finishes_the_batch_saves_and_says_how_to_go_on(collection, com
     assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
 
 
+def test_a_folder_as_out_is_refused_before_anything_is_asked(collection, command):
+    (collection / "folder").mkdir()
+    backend = Scripted()
+    with pytest.raises(ValueError, match="folder is a folder; --rerank writes a run file"):
+        command("--rerank", "folder", backend=backend)
+    assert backend.seeds == []
+
+
 def test_a_second_process_is_refused_in_one_job(collection, command):
     class Twice(Scripted):
         def __call__(self, *arguments, **options):
@@ -513,7 +538,7 @@ def test_parts_of_a_job_merge_to_the_bytes_of_the_whole(collection, command, met
 
 def test_a_merge_misses_no_part(collection, command):
     merge = ["--merge", "--out", str(collection / "o.run")]
-    with pytest.raises(ValueError, match="found parts of no splits"):
+    with pytest.raises(ValueError, match=r"o.run.2-of-N, ... of one split beside it, there are those of no split"):
         grouprank.main(merge)
     for i in (1, 4):
         command("--rerank", "o.run", f"--shard={i}/4")
@@ -529,7 +554,7 @@ def test_a_merge_misses_no_part(collection, command):
     with pytest.raises(ValueError, match="o.run.3-of-4 holds 1 queries, not the 2 that were written"):
         grouprank.main(merge)
     command("--rerank", "o.run", "--shard=1/3")
-    with pytest.raises(ValueError, match=r"found parts of \[3, 4\] splits"):
+    with pytest.raises(ValueError, match="there are those of splits into 3 and 4"):
         grouprank.main(merge)
     with pytest.raises(ValueError, match="--shard 11/12: there are only 9 queries"):
         command("--rerank", "o.run", "--shard=11/12")
@@ -549,11 +574,23 @@ def test_a_sweep_writes_a_line_for_each_combination_and_keeps_finished_ones(coll
     assert "docs-per-group 7, rounds 2: NDCG@10 1.0000, 2 calls and" in capsys.readouterr().out
     with pytest.raises(ValueError, match="add --resume"):
         command(sweep, "sweep.jsonl")
+    with pytest.raises(ValueError, match="--shard splits a --rerank"):
+        command(sweep, "other.jsonl", "--shard=1/2")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]) + '{"docs')
     second = command(sweep.replace("1,7", "1,7,3"), "sweep.jsonl", "--resume")
     assert second.seeds[:18] == first.seeds[-18:] and len(second.seeds) == 18 + 27 + 54
     again = [json.loads(line) for line in path.open()]
     assert [line | {"seconds": 0} for line in again[:4]] == [row | {"seconds": 0} for row in rows]
+
+
+def test_a_sweep_measures_the_ranking_that_a_run_would_hold(collection, command):
+    """Tied scores go by first-stage rank, not by document id as in a run with ties."""
+    tied = [make_answer([5] * n) for _ in range(9) for n in (3, 2, 2)]
+    command("--sweep rounds=1", "s.jsonl", backend=Scripted(tied))
+    (row,) = map(json.loads, (collection / "s.jsonl").open())
+    qrels = evaluate.read_qrels(collection / "beir" / "qrels" / "test.tsv")
+    first_stage = evaluate.read_run(collection / "first.run")
+    assert row["ndcg@10"] == pytest.approx(grouprank.mean_ndcg(qrels, first_stage))
 
 
 def test_a_sweep_over_methods_gives_each_its_prompt(collection, command):
@@ -567,14 +604,21 @@ def test_a_sweep_over_methods_gives_each_its_prompt(collection, command):
 
 def test_a_sweep_is_drawn_with_a_line_for_each_setting(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    rows = [{"docs_per_group": c, "rounds": t, "grouping": g, "seed": s, "ndcg@10": 0.5 + 0.01 * c + 0.1 * s}
+    rows = [{"method": "groupwise", "docs_per_group": c, "rounds": t, "grouping": g, "seed": s,
+             "ndcg@10": 0.5 + 0.01 * c + 0.1 * s}
             for c in (5, 10) for t in (1, 2) for g in ("random", "rank") for s in (0, 1)]  # fmt: skip
+    rows.append({"method": "pointwise", "docs_per_group": 20, "rounds": 1, "grouping": "random", "ndcg@10": 0.4})
     evaluate._plot_sweep(figure, rows)
     left, right = figure.axes
     lines = {line.get_label(): np.ravel(line.get_data()) for line in left.get_lines()}
-    assert lines.keys() == {"random, 1", "random, 2", "rank, 1", "rank, 2"}
-    assert lines["rank, 2"] == pytest.approx([5, 10, 60.0, 65.0])  # the mean of two seeds
-    assert left.get_legend().get_title().get_text() == "grouping, rounds" and len(right.get_lines()) == 4
+    labels = {f"groupwise, {grouping}, t = {t}" for grouping in ("random", "rank") for t in (1, 2)}
+    assert lines.keys() == labels | {"pointwise, t = 1"}
+    assert lines["groupwise, rank, t = 2"] == pytest.approx([5, 10, 60.0, 65.0])  # the mean of two seeds
+    assert lines["pointwise, t = 1"] == pytest.approx([0, 1, 40, 40])  # across the axes: it has no c
+    assert [line.get_label() for line in right.get_lines()][-1] == "pointwise"
+    figure.savefig(tmp_path / "x.png")
+    for axis in figure.axes:
+        assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0  # covers no curve
 
 
 @pytest.mark.parametrize(
