@@ -2761,7 +2761,7 @@ class Candidates:
     qid: str
     query: str
     ids: list[str]
-    texts: list[str]
+    texts: Sequence[str]
     scores: list[float]
 
 
@@ -3235,7 +3235,10 @@ def carried_scores(ranking: Ranking) -> list[float]:
 
 
 def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection, Counter]:
-    """The queries of a run with the texts of their top-k documents, and what did not match."""
+    """The queries of a run with the texts of their top-k documents, and what did not match.
+
+    Texts are read when a group is asked: what is held grows with ids and scores alone.
+    """
     collection = evaluate.read_collection(cfg.data, queries=cfg.queries or None)
     run = evaluate.read_run(cfg.run)
     counts = Counter({"queries without a run": len(collection.queries.keys() - run.keys())})
@@ -3254,7 +3257,7 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection,
             raise ValueError(f"{cfg.run}: query {qid!r} names document {missing[0]!r}, which"
                              f" {Path(cfg.data) / 'corpus.jsonl'} does not have")
         if ids:
-            texts = [collection.corpus[d] for d in ids]
+            texts = evaluate.Texts(collection.corpus, ids)  # all of them need not fit into memory
             queries.append(Candidates(qid, query, ids, texts, [scores[d] for d in ids]))
     return queries, collection, counts
 
