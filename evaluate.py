@@ -31,6 +31,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ import operator
 import os
 import re
 import sys
+import tempfile
 import weakref
 import zlib
 from pathlib import Path
@@ -459,31 +461,39 @@ def read_texts(path):
 
 
 class Corpus(collections.abc.Mapping):
-    """{_id: text} of a plain corpus.jsonl, in its order, for collections larger than memory.
+    """{_id: text} of a corpus.jsonl, in its order, for collections larger than memory.
 
     Every line is checked once, as `read_texts` does; then only the ids and the places of the lines
     are held, and a text is read when it is asked for, from any thread. The file stays open: it may
-    be deleted or replaced meanwhile. ValueError if it was changed in place.
+    be deleted or replaced meanwhile. ValueError if it was changed in place. gzip, where one cannot
+    jump to a place, is unpacked into a temporary file (in TMPDIR).
     """
 
     def __init__(self, path):
-        self.path, self.numbers, self.file = path, {}, os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.file)
-        end = len(codecs.BOM_UTF8) if os.pread(self.file, 3, 0) == codecs.BOM_UTF8 else 0
+        packed, digest, self.path, self.numbers = is_gzip(path), hashlib.blake2b(), path, {}
+        self.file = tempfile.TemporaryFile() if packed else open(path, "rb")
+        weakref.finalize(self, self.file.close)
+        begins = os.pread(self.file.fileno(), len(codecs.BOM_UTF8), 0)
+        end = len(begins) if begins == codecs.BOM_UTF8 else 0
         self.ends = array.array("q", [end])
         with numbered_lines(path) as lines:
             for line in lines:
-                end += len(line.encode())
+                end += len(data := line.encode())
+                digest.update(data)
+                if packed:
+                    self.file.write(data)
                 if line.strip():
                     doc, _ = read_text(line, self.numbers)
                     self.numbers[doc] = len(self.numbers)
                     self.ends.append(end)  # blank lines in between belong to the document after
         if not self.numbers:
             raise ValueError(f"{path} is empty")
+        self.file.flush()
+        self.digest = digest.hexdigest()[:16]
 
     def __getitem__(self, doc):
         start, end = self.ends[(number := self.numbers[doc]) : number + 2]
-        line = os.pread(self.file, end - start, start)  # no file position that threads would share
+        line = os.pread(self.file.fileno(), end - start, start)  # moves nothing that threads share
         try:
             found, text = read_text(line.decode().strip(), ())
         except ValueError:
@@ -503,7 +513,7 @@ class Corpus(collections.abc.Mapping):
 
 
 class Texts(collections.abc.Sequence):
-    """The texts of some documents, read from the corpus whenever one is asked for."""
+    """The texts of some documents of a Corpus, each read whenever it is asked for."""
 
     def __init__(self, corpus, ids):
         self.corpus, self.ids = corpus, ids
@@ -514,8 +524,8 @@ class Texts(collections.abc.Sequence):
     def __len__(self):
         return len(self.ids)
 
-    def __repr__(self):
-        return repr(list(self))
+    def __repr__(self):  # differs where a text does, and reads none
+        return f"Texts({self.corpus.digest}, {self.ids})"
 
 
 def read_excluded(path):
@@ -543,8 +553,7 @@ def read_collection(folder, queries=None, split="test"):
             raise ValueError(f"{needed} is missing; {folder} has {files or 'none'}")
     qrels = read_qrels(judged / f"{split}.tsv") if judged.is_dir() else {}
     exclusions = read_excluded(excluded) if excluded.exists() else {}
-    documents = read_texts(corpus) if is_gzip(corpus) else Corpus(corpus)  # gzip has no places
-    return Collection(documents, read_texts(texts), qrels, exclusions)
+    return Collection(Corpus(corpus), read_texts(texts), qrels, exclusions)
 
 
 def write_lines(path, rows):
