@@ -44,7 +44,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -1378,22 +1377,6 @@ def write_record(cfg: Config, folder: Path, data: str, counts: Counter | None = 
         json.dump(record, file, indent=2, ensure_ascii=False)
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Lock the answers of an output folder; ValueError if another process has done so.
-
-    Two jobs in one folder would pay for each answer twice. The kernel drops a killed job's lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "answers.jsonl", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process works in {folder}: wait until it ends, or take"
-                             " another --out") from None
-        yield
-
-
 def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     """All nine steps. make_teachers(cfg, cache, ledger) -> {step: Teacher}."""
     if not cfg.out or not cfg.data or not cfg.llm:
@@ -1405,7 +1388,8 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     size = cfg.pool_top + cfg.pool_random
     if len(corpus) < size:
         print(f"note: the corpus has {len(corpus)} documents: pools hold these instead of {size}")
-    with contextlib.nullcontext() if cfg.dry_run else alone_in(folder):
+    answers = folder / "answers.jsonl"
+    with contextlib.nullcontext() if cfg.dry_run else grouprank.open_alone(answers):
         return take_steps(cfg, make_teachers, corpus, queries, excluded_docs, counts)
 
 
