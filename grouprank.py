@@ -1001,10 +1001,14 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
 
-    def autocast(self):
-        """Mixed precision: matrix products in `dtype`, reductions and weights in float32."""
+    def autocast(self, cache: bool = True):
+        """Mixed precision: matrix products in `dtype`, reductions and weights in float32.
+
+        The cache keeps the cast weights until the end: for decoding, which uses them at each token.
+        In a training pass it would hold a whole copy, on every process even where they are sharded.
+        """
         on = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=on)
+        return torch.autocast(self.device.type, self.dtype, enabled=on, cache_enabled=cache)
 
 
 def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
@@ -2624,7 +2628,7 @@ def estimate_memory(config, *, prompt_tokens: int, answer_tokens: int, rollouts_
         "replica": size * n_all if sharded else 0,
         "gradients": 4 * n_trained,
         "gathered": 8 * (n_block + n_embedding) if sharded else 0,  # weights and their gradients
-        "casts": size * n_all if size < 4 and full and not sharded else 0,  # kept by autocast
+        "casts": size * n_all if size < 4 and full and not checkpointing else 0,  # kept by autograd
         "activations": activations,
         "working": working,
         "cache": wave * cache,
@@ -2690,7 +2694,7 @@ def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimize
 
     def run_pass(part: Pass) -> dict:
         """Forward and backward of one pass."""
-        with job.machine.autocast():
+        with job.machine.autocast(cache=False):
             logp, entropy = completion_logprobs(policy, part.blocks, device, shared=False)
         loss = -(part.weights * logp).sum()
         optimizer.backward(loss)
@@ -2815,7 +2819,7 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
         """Forward and backward of one pass; keeps what later updates need."""
         if reference is not None and part.ref_logp is None:
             part.ref_logp = reference.logprobs(part.blocks)
-        with job.machine.autocast():
+        with job.machine.autocast(cache=False):
             logp, entropy = completion_logprobs(policy, part.blocks, device, job.shared)
         if first:
             # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
@@ -2876,7 +2880,7 @@ def check_shared_prompt(job: Job, policy: Policy, batch: RolloutBatch) -> None:
     """Compare packed and separate rows on one prompt; fall back to rows when they differ."""
     b = processes()[0] % len(batch.items)  # each process another prompt
     blocks = [(batch.items[b].prompt, batch.completions[b][:2])]
-    with job.machine.autocast():
+    with job.machine.autocast(cache=False):
         packed, _ = completion_logprobs(policy, blocks, job.machine.device, shared=True)
         share_prompts(job.model, False)
         rows, _ = completion_logprobs(policy, blocks, job.machine.device, shared=False)

@@ -40,6 +40,27 @@ def test_full_training_takes_sixteen_bytes_a_parameter_and_what_does_not_shrink(
     assert grouprank.estimate_memory(CONFIG, **STEP, lora_rank=0, kl=False)["reference"] == 0
 
 
+def test_autograd_keeps_the_cast_weights_unless_activations_are_computed_again():
+    uses = [grouprank.estimate_memory(CONFIG, **STEP, lora_rank=0, n_processes=8, checkpointing=on, element_bytes=n)
+            for on, n in ((False, 2), (True, 2), (False, 4))]  # fmt: skip
+    assert [use["casts"] for use in uses] == [2 * N_ALL, 0, 0]
+
+
+def test_a_training_pass_lets_autocast_keep_no_copy_of_the_weights():
+    config = transformers.Qwen3Config(
+        **vars(bench_growing.shape((16, 48, 2, 4, 2, 4, 60, True))), pad_token_id=0)
+    model, seen = transformers.AutoModelForCausalLM.from_config(config), []
+    machine, cfg = grouprank.Machine(torch.device("cpu"), torch.bfloat16), grouprank.Config(lora_rank=0)
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(torch.is_autocast_cache_enabled()))
+    job = grouprank.Job(cfg, None, machine, model, None, None, None, [], [], False)
+    policy = grouprank.Policy(model)
+    optimizer = grouprank.Optimizer(model, machine, grad_clip=1.0, weight_decay=0.0)
+    batch = grouprank.RolloutBatch([grouprank.Item("p", [3, 4], None, None)], [[[5], [6]]], [], [], None)
+    passes = grouprank.build_passes(batch, grouprank.relative_advantages([[0, 1]]), cfg, False, machine.device)
+    grouprank.policy_update(job, policy, None, passes, optimizer, 1e-3)
+    assert seen and not any(seen)
+
+
 def test_lora_keeps_the_whole_base_on_every_process_and_trains_the_adapters():
     n_adapter = 3 * 2 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 24))  # 3 blocks, rank 2
     uses = [grouprank.estimate_memory(CONFIG, **STEP, lora_rank=2, n_processes=w) for w in (1, 64)]
