@@ -26,10 +26,12 @@ Choices; each is trec_eval's convention unless it says otherwise:
 
 import argparse
 import array
-import collections
+import codecs
+import collections.abc
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -37,6 +39,8 @@ import operator
 import os
 import re
 import sys
+import tempfile
+import weakref
 import zlib
 from pathlib import Path
 
@@ -239,12 +243,17 @@ def is_utf8(line):
         return False
 
 
+def is_gzip(path):
+    """Whether a file starts as gzip does."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 @contextlib.contextmanager
 def numbered_lines(path):
     """Yield the lines of a UTF-8 text file, plain or gzip; ValueErrors name it and the line."""
     counter = itertools.count()  # counts the lines at the speed of C
-    with open(path, "rb") as file:
-        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    opener = gzip.open if is_gzip(path) else open
     with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         try:
             yield map(operator.itemgetter(0), zip(file, counter, strict=False))
@@ -414,7 +423,7 @@ def read_qrels(path):
 class Collection:
     """What a BEIR folder holds. A document's text starts with its title, where it has one."""
 
-    corpus: dict  # {document id: text}
+    corpus: collections.abc.Mapping  # {document id: text}
     queries: dict  # {query id: text}
     qrels: dict  # {query id: {document id: grade}}; empty without judgements
     excluded: dict  # {query id: {document id, ...}}: never to be retrieved for that query (BRIGHT)
@@ -430,25 +439,106 @@ def read_jsonl(path):
             yield row
 
 
+def read_text(line, known):
+    """(id, text) of a line of corpus.jsonl or queries.jsonl, the title in front of the text.
+
+    ValueError if the line is wrong, has no text, or has an id that is `known` already.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    doc, title = row.get("_id"), row.get("title") or ""
+    if not all(isinstance(value, str) for value in (doc, title, row.get("text"))):
+        raise ValueError("needs the keys _id and text, both strings")
+    if not doc.strip() or re.search("[\t\r\n\ud800-\udfff]", doc):  # no run could name it
+        raise ValueError(f"the id {doc!r} is empty, or holds a tab, a newline or half a surrogate"
+                         " pair")
+    text = "\n".join(part for part in (title.strip(), row["text"]) if part)
+    if not text.strip():
+        raise ValueError(f"{doc!r} has no text; fill it in or remove the line")
+    if doc in known:
+        raise ValueError(f"id {doc!r} appears twice; remove one")
+    return doc, text
+
+
 def read_texts(path):
     """{_id: text} of corpus.jsonl or queries.jsonl, the title in front of the text."""
     texts = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
-        where, doc, title = f"{path}, document {number}", row.get("_id"), row.get("title") or ""
-        if not all(isinstance(value, str) for value in (doc, title, row.get("text"))):
-            raise ValueError(f"{where}: needs the keys _id and text, both strings")
-        if not doc.strip() or re.search("[\t\r\n\ud800-\udfff]", doc):  # no run could name it
-            raise ValueError(f"{where}: the id {doc!r} is empty, or holds a tab, a newline or half"
-                             " a surrogate pair")
-        text = "\n".join(part for part in (title.strip(), row["text"]) if part)
-        if not text.strip():
-            raise ValueError(f"{where}: {doc!r} has no text; fill it in or remove the line")
-        if doc in texts:
-            raise ValueError(f"{where}: id {doc!r} appears twice; remove one")
-        texts[doc] = text
+    with numbered_lines(path) as lines:
+        for line in filter(str.strip, lines):
+            doc, text = read_text(line, texts)
+            texts[doc] = text
     if not texts:
         raise ValueError(f"{path} is empty")
     return texts
+
+
+class Corpus(collections.abc.Mapping):
+    """{_id: text} of a corpus.jsonl, in its order, for collections larger than memory.
+
+    Every line is checked once, as `read_texts` does; then only the ids and the places of the lines
+    are held, and a text is read when it is asked for, from any thread. The file stays open: it may
+    be deleted or replaced meanwhile. ValueError if it was changed in place. gzip, where one cannot
+    jump to a place, is unpacked into a temporary file (in TMPDIR).
+    """
+
+    def __init__(self, path):
+        packed, digest, self.path, self.numbers = is_gzip(path), hashlib.blake2b(), path, {}
+        self.file = tempfile.TemporaryFile() if packed else open(path, "rb")
+        weakref.finalize(self, self.file.close)
+        begins = os.pread(self.file.fileno(), len(codecs.BOM_UTF8), 0)
+        end = len(begins) if begins == codecs.BOM_UTF8 else 0
+        self.ends = array.array("q", [end])
+        with numbered_lines(path) as lines:
+            for line in lines:
+                end += len(data := line.encode())
+                digest.update(data)
+                if packed:
+                    self.file.write(data)
+                if line.strip():
+                    doc, _ = read_text(line, self.numbers)
+                    self.numbers[doc] = len(self.numbers)
+                    self.ends.append(end)  # blank lines in between belong to the document after
+        if not self.numbers:
+            raise ValueError(f"{path} is empty")
+        self.file.flush()
+        self.digest = digest.hexdigest()[:16]
+
+    def __getitem__(self, doc):
+        start, end = self.ends[(number := self.numbers[doc]) : number + 2]
+        line = os.pread(self.file.fileno(), end - start, start)  # moves nothing that threads share
+        try:
+            found, text = read_text(line.decode().strip(), ())
+        except ValueError:
+            found = None
+        if found != doc:
+            raise ValueError(f"{self.path} was changed while it was in use")
+        return text
+
+    def __contains__(self, doc):
+        return doc in self.numbers
+
+    def __iter__(self):
+        return iter(self.numbers)
+
+    def __len__(self):
+        return len(self.numbers)
+
+
+class Texts(collections.abc.Sequence):
+    """The texts of some documents of a Corpus, each read whenever it is asked for."""
+
+    def __init__(self, corpus, ids):
+        self.corpus, self.ids = corpus, ids
+
+    def __getitem__(self, i):
+        return self.corpus[self.ids[i]]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __repr__(self):  # differs where a text does, and reads none
+        return f"Texts({self.corpus.digest}, {self.ids})"
 
 
 def read_excluded(path):
@@ -476,7 +566,7 @@ def read_collection(folder, queries=None, split="test"):
             raise ValueError(f"{needed} is missing; {folder} has {files or 'none'}")
     qrels = read_qrels(judged / f"{split}.tsv") if judged.is_dir() else {}
     exclusions = read_excluded(excluded) if excluded.exists() else {}
-    return Collection(read_texts(corpus), read_texts(texts), qrels, exclusions)
+    return Collection(Corpus(corpus), read_texts(texts), qrels, exclusions)
 
 
 def write_lines(path, rows):

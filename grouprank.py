@@ -1018,10 +1018,14 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
 
-    def autocast(self):
-        """Mixed precision: matrix products in `dtype`, reductions and weights in float32."""
+    def autocast(self, cache: bool = True):
+        """Mixed precision: matrix products in `dtype`, reductions and weights in float32.
+
+        The cache keeps the cast weights until the end: for decoding, which uses them at each token.
+        In a training pass it would hold a whole copy, on every process even where they are sharded.
+        """
         on = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=on)
+        return torch.autocast(self.device.type, self.dtype, enabled=on, cache_enabled=cache)
 
 
 def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
@@ -2578,6 +2582,129 @@ def describe_model(job: Job, stage: str, step: int, numbers: dict | None = None)
             "command": sys.argv[1:], "versions": provenance()}
 
 
+# --- Growing: memory and seconds of a GRPO step, on paper -----------------------------------------
+
+
+def linear_shapes(config) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the linear layers in one block of a Llama-like model (Qwen, Mistral)."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = (head * n for n in (config.num_attention_heads, config.num_key_value_heads))
+    return [(width, queries), (width, keys), (width, keys), (queries, width),
+            (width, mlp), (width, mlp), (mlp, width)]
+
+
+def count_parameters(config, lora_rank: int = 0) -> tuple[int, int, int]:
+    """Parameters of one block's linear layers, of embeddings and head, and of all adapters.
+
+    Norms and biases are left out: less than one in a thousand.
+    """
+    shapes = linear_shapes(config)
+    n_embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    n_adapter = config.num_hidden_layers * lora_rank * sum(i + o for i, o in shapes)
+    return sum(i * o for i, o in shapes), n_embedding, n_adapter
+
+
+def activation_bytes(config, blocks: Sequence[tuple[int, Sequence[int]]], *, lora: bool,
+                     element_bytes: int) -> int:
+    """Bytes that one block of layers of a Qwen3 keeps for its backward pass over a packed row.
+
+    blocks: for each prompt its tokens and those of its completions, as PackedRow takes them. Every
+    completion keeps a copy of its prompt's keys and values.
+    """
+    (width, queries), (_, keys), *_, (mlp, _) = linear_shapes(config)
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in blocks)
+    pairs = sum(len(lengths) * prompt + sum(lengths) for prompt, lengths in blocks)
+    in_float32 = (1 if lora else 2) * (2 * width + queries + keys)  # a trained norm keeps two
+    in_type = 2 * width + 3 * queries + 2 * keys + 4 * mlp
+    return tokens * (4 * in_float32 + element_bytes * in_type) + pairs * 2 * keys * element_bytes
+
+
+def pass_bytes(config, blocks: Sequence[tuple[int, Sequence[int]]], *, lora: bool,
+               element_bytes: int, checkpointing: bool) -> tuple[int, int]:
+    """What a forward and backward pass over a packed row keeps, and what it works with on top.
+
+    It works on a chunk of logits first; then on the gradients of one block of layers, and with
+    checkpointing on what that block keeps and had to compute again.
+    """
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in blocks)
+    block = activation_bytes(config, blocks, lora=lora, element_bytes=element_bytes)
+    inputs = tokens * config.hidden_size * (element_bytes if lora else 4)  # of a block
+    n_logits = min(1024, sum(sum(lengths) for _, lengths in blocks)) * config.vocab_size
+    kept = config.num_hidden_layers * (inputs if checkpointing else block)
+    return kept, max((2 if checkpointing else 1) * block, n_logits * (element_bytes + 16))
+
+
+def estimate_memory(config, *, prompt_tokens: int, answer_tokens: int, rollouts_per_prompt: int = 8,
+                    prompts_per_process: int = 64, n_processes: int = 1, lora_rank: int = 32,
+                    element_bytes: int = 2, checkpointing: bool = True, kl: bool = True,
+                    tokens_per_pass: int = 32768, cache_bytes: float = 2**30) -> dict[str, float]:
+    """Bytes on each device during a GRPO step with shared prompts, by purpose, and their "peak".
+
+    LoRA: every process has the whole frozen base in the compute type (element_bytes: 2 for bf16)
+    and float32 adapters. All parameters: float32 weights, gradients and Adam's two moments, 16
+    bytes a parameter / n_processes, a frozen reference and, with several processes, a whole copy
+    that decodes, both in the compute type. Decoding and updating take turns. Not counted: norms,
+    fragmentation, the CUDA context, communication buffers.
+    """
+    p, c, g, size = prompt_tokens, answer_tokens, rollouts_per_prompt, element_bytes
+    n_block, n_embedding, n_adapter = count_parameters(config, lora_rank)
+    n_all = config.num_hidden_layers * n_block + n_embedding
+    n_trained = n_adapter or n_all / n_processes
+    full, sharded = not lora_rank, n_processes > 1 and not lora_rank
+    in_row = max(1, min(g, (tokens_per_pass - p) // c))  # answers behind one copy of a prompt
+    n_rows = max(1, min(tokens_per_pass // (p + in_row * c), prompts_per_process))
+    activations, working = pass_bytes(config, [(p, [c] * in_row)] * n_rows, lora=not full,
+                                      element_bytes=size, checkpointing=checkpointing)
+    cache = (p + g * c) * 2 * config.num_hidden_layers * linear_shapes(config)[1][1] * size
+    wave = max(1, min(prompts_per_process, int(cache_bytes // cache)))  # prompts decoded at once
+    use = {
+        "weights": 4 * n_trained if full else size * n_all + 4 * n_adapter,
+        "moments": 8 * n_trained,
+        "reference": size * n_all / n_processes if kl and full else 0,
+        "replica": size * n_all if sharded else 0,
+        "gradients": 4 * n_trained,
+        "gathered": 8 * (n_block + n_embedding) if sharded else 0,  # weights and their gradients
+        "casts": size * n_all if size < 4 and full and not checkpointing else 0,  # kept by autograd
+        "activations": activations,
+        "working": working,
+        "cache": wave * cache,
+        "sampling": wave * g * config.vocab_size * (size + 24),  # probabilities in float64
+    }
+    resident = sum(use[name] for name in ("weights", "moments", "reference", "replica"))
+    update = sum(use[n] for n in ("gradients", "gathered", "casts", "activations", "working"))
+    return use | {"peak": resident + max(update, use["cache"] + use["sampling"])}
+
+
+def estimate_seconds(config, *, prompt_tokens: int, answer_tokens: int, flops: float,
+                     bandwidth: float, rollouts_per_prompt: int = 8, prompts_per_process: int = 64,
+                     lora_rank: int = 32, element_bytes: int = 2, checkpointing: bool = True,
+                     kl: bool = True, prompts_per_wave: int = 64, shared: bool = True) -> dict:
+    """Seconds of one process's share of a GRPO step: prefill, decode, update and their sum.
+
+    flops and bandwidth: operations and bytes a second that the device sustains. A pass forward is
+    2 operations a parameter and token, 4 a query-key pair and head dimension. Backward is as much
+    again for frozen weights, twice as much for trained ones; checkpointing and the reference are a
+    pass forward each. A decoded token reads all weights and the cache, unless computing takes
+    longer. Communication, the optimizer and waiting for the longest answer are not counted.
+    """
+    p, c, g = prompt_tokens, answer_tokens, rollouts_per_prompt
+    n_block, _, _ = count_parameters(config)
+    (width, queries), (_, keys), *_ = linear_shapes(config)
+    n_body, copies = config.num_hidden_layers * n_block, 1 if shared else g  # copies of the prompt
+    attention, head = 4 * queries * config.num_hidden_layers, config.vocab_size * width
+    prefill = copies * (2 * n_body * p + attention * p * p / 2)
+    answers = g * c * (2 * n_body + 2 * head) + attention * g * c * (p + c / 2)
+    n_forward = (2 if lora_rank else 3) + checkpointing + kl
+    waves = math.ceil(prompts_per_process / prompts_per_wave)
+    cache = 2 * config.num_hidden_layers * keys * element_bytes * (copies * p + g * c / 2)
+    read = c * (waves * element_bytes * (n_body + head) + prompts_per_process * cache)
+    seconds = {"prefill": prompts_per_process * prefill / flops,
+               "decode": max(read / bandwidth, prompts_per_process * answers / flops),
+               "update": prompts_per_process * n_forward * (prefill + answers) / flops}
+    return seconds | {"step": sum(seconds.values())}
+
+
 # --- SFT cold start (Eq. 3) -----------------------------------------------------------------------
 
 
@@ -2604,7 +2731,7 @@ def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimize
 
     def run_pass(part: Pass) -> dict:
         """Forward and backward of one pass."""
-        with job.machine.autocast():
+        with job.machine.autocast(cache=False):
             logp, entropy = completion_logprobs(policy, part.blocks, device, shared=False)
         loss = -(part.weights * logp).sum()
         optimizer.backward(loss)
@@ -2735,7 +2862,7 @@ def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optim
         """Forward and backward of one pass; keeps what later updates need."""
         if reference is not None and part.ref_logp is None:
             part.ref_logp = reference.logprobs(part.blocks)
-        with job.machine.autocast():
+        with job.machine.autocast(cache=False):
             logp, entropy = completion_logprobs(policy, part.blocks, device, job.shared)
         if first:
             # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
@@ -2804,7 +2931,7 @@ def check_shared_prompt(job: Job, policy: Policy, batch: RolloutBatch) -> None:
     """Compare packed and separate rows on one prompt; fall back to rows when they differ."""
     b = processes()[0] % len(batch.items)  # each process another prompt
     blocks = [(batch.items[b].prompt, batch.completions[b][:2])]
-    with job.machine.autocast():
+    with job.machine.autocast(cache=False):
         packed, _ = completion_logprobs(policy, blocks, job.machine.device, shared=True)
         share_prompts(job.model, False)
         rows, _ = completion_logprobs(policy, blocks, job.machine.device, shared=False)
@@ -3079,7 +3206,7 @@ class Candidates:
     qid: str
     query: str
     ids: list[str]
-    texts: list[str]
+    texts: Sequence[str]
     scores: list[float]
 
 
@@ -3670,7 +3797,10 @@ def carried_scores(ranking: Ranking) -> list[float]:
 
 
 def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection, Counter]:
-    """The queries of a run with the texts of their top-k documents, and what did not match."""
+    """The queries of a run with the texts of their top-k documents, and what did not match.
+
+    Texts are read when a group is asked: what is held grows with ids and scores alone.
+    """
     collection = evaluate.read_collection(cfg.data, queries=cfg.queries or None)
     run = evaluate.read_run(cfg.run)
     counts = Counter({"queries without a run": len(collection.queries.keys() - run.keys())})
@@ -3689,7 +3819,7 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection,
             raise ValueError(f"{cfg.run}: query {qid!r} names document {missing[0]!r}, which"
                              f" {Path(cfg.data) / 'corpus.jsonl'} does not have")
         if ids:
-            texts = [collection.corpus[d] for d in ids]
+            texts = evaluate.Texts(collection.corpus, ids)  # all of them need not fit into memory
             queries.append(Candidates(qid, query, ids, texts, [scores[d] for d in ids]))
     if not queries:
         raise ValueError(f"{cfg.run} leaves nothing to rerank: {cfg.data} excludes each document")
@@ -3719,7 +3849,7 @@ def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) ->
         digest.update(repr(query).encode())
     task = {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
             "prompt": prompt.hash, "candidates": digest.hexdigest()[:16]}
-    if not cfg.endpoint and Path(cfg.model).is_dir():
+    if cfg.model and not cfg.endpoint and Path(cfg.model).is_dir():
         task["model's files"] = hash_files(base_model_files(cfg.model))
     return task
 

@@ -14,10 +14,12 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -640,19 +642,98 @@ def test_rewritten_queries_are_picked_by_name_and_qrels_are_optional(tmp_path):
 
 
 @pytest.mark.parametrize("corpus, message", [
-    ('{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "document 2: id 'a' appears twice"),
-    ('{"_id": "a", "text": " "}\n', "document 1: 'a' has no text"),
-    ('{"_id": 7, "text": "x"}\n', "document 1: needs the keys _id and text"),
-    ('{"_id": "a"}\n', "document 1: needs the keys _id and text"),
+    ('{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "line 2: id 'a' appears twice"),
+    ('{"_id": "a", "text": " "}\n', "line 1: 'a' has no text"),
+    ('{"_id": 7, "text": "x"}\n', "line 1: needs the keys _id and text"),
+    ('{"_id": "a"}\n', "line 1: needs the keys _id and text"),
     ('{"_id": "a", "text": "x"}\n{"_id"\n', "line 2: Expecting"),
     ("[1]\n", "line 1: not a JSON object"),
     ("", "is empty"),
+    ('\n{"_id": "a", "text": "caf\udce9"}\n', "line 2: 'utf-8' codec can't decode byte 0xe9"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "line 1: Expecting value"),
 ])  # fmt: skip
 def test_bad_collections_are_refused_with_file_and_place(tmp_path, corpus, message):
-    write(tmp_path / "corpus.jsonl", corpus)
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(corpus.encode(errors="surrogateescape"))
     write(tmp_path / "queries.jsonl", '{"_id": "1", "text": "q"}\n')
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(message)) as refused:
         evaluate.read_collection(tmp_path)
+    with pytest.raises(ValueError) as loading:
+        evaluate.read_texts(path)
+    assert str(refused.value) == str(loading.value)
+
+
+ODD_CORPUS = (
+    '\ufeff{"_id": "b", "title": " T ", "text": "body"}\n\n \u00a0\r\n'
+    '{"_id": "a b", "text": "caf\u00e9 \u2028 \u4e2d\U0001f600 \\u00e9\\n"}\r\n'
+    '{"text": "x", "_id": "last", "more": [1]}'
+)
+
+
+def test_a_corpus_on_disk_has_the_texts_and_the_order_of_a_loaded_one(tmp_path):
+    path = write(tmp_path / "corpus.jsonl", ODD_CORPUS)
+    corpus, loaded = evaluate.Corpus(path), evaluate.read_texts(path)
+    assert list(corpus.items()) == list(loaded.items()) and len(corpus) == 3
+    assert list(loaded) == ["b", "a b", "last"] and loaded["b"] == "T\nbody"
+    assert [corpus[doc] for doc in ("last", "b", "last")] == ["x", "T\nbody", "x"]
+    assert corpus.get("none") is None and "none" not in corpus
+    texts = evaluate.Texts(corpus, ["last", "b"])
+    assert list(texts) == ["x", "T\nbody"]
+    other = evaluate.Corpus(write(tmp_path / "other.jsonl", ODD_CORPUS.replace("body", "Body")))
+    reprs = [repr(evaluate.Texts(c, ["last", "b"])) for c in (corpus, evaluate.Corpus(path), other)]
+    assert reprs[0] == reprs[1] != reprs[2]  # what a resumed job compares
+
+
+@given(st.dictionaries(st.text(min_size=1).filter(lambda id: id.strip() and not set(id) & set("\t\r\n")),
+                       st.text().filter(str.strip), min_size=1))
+def test_any_text_that_was_written_is_read_back_from_its_place(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("corpus")
+    evaluate.write_collection(folder, texts, {"q": "x"}, {})
+    assert dict(evaluate.Corpus(folder / "corpus.jsonl")) == texts
+
+
+def test_a_corpus_holds_ids_and_places_and_reads_one_line_for_a_text(tmp_path, monkeypatch):
+    secret = "text that must stay on the disk"
+    lines = [json.dumps({"_id": f"d{i}", "text": f"{secret} {i}"}) + "\n" for i in range(100)]
+    corpus, read = evaluate.Corpus(write(tmp_path / "corpus.jsonl", "".join(lines))), []
+    held = {name: value for name, value in vars(corpus).items() if name != "file"}
+    assert secret.encode() not in pickle.dumps(held)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: read.append(pread(*args)) or read[-1])
+    assert "d7" in corpus and len(corpus) == 100 and list(corpus)[7] == "d7" and read == []
+    assert corpus["d7"] == f"{secret} 7" and read == [lines[7].encode()]
+
+
+def test_threads_read_one_corpus_without_mixing_up_texts(tmp_path):
+    texts = {f"d{i}": f"{i} " * (1 + i % 97) for i in range(500)}
+    evaluate.write_collection(tmp_path, texts, {"q": "x"}, {"q": {"d1": 1}})
+    corpus = evaluate.read_collection(tmp_path).corpus
+    with ThreadPoolExecutor(8) as pool:
+        wanted = [f"d{i * 7919 % 500}" for i in range(5000)]
+        assert list(pool.map(corpus.__getitem__, wanted)) == [texts[doc] for doc in wanted]
+
+
+def test_a_corpus_that_is_replaced_stays_and_one_that_is_changed_in_place_is_refused(tmp_path):
+    path = write(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b", "text": "y"}\n')
+    corpus = evaluate.Corpus(path)
+    evaluate.write_lines(path, [{"_id": "a", "text": "another"}])  # by a rename
+    assert dict(corpus) == {"a": "x", "b": "y"}
+    corpus = evaluate.Corpus(path)
+    write(path, '{"_id": "c", "text": "another"}\n')
+    with pytest.raises(ValueError, match="corpus.jsonl was changed while it was in use"):
+        corpus["a"]
+    write(path, "")
+    with pytest.raises(ValueError, match="corpus.jsonl was changed while it was in use"):
+        corpus["a"]
+
+
+def test_a_gzip_corpus_is_unpacked_and_has_the_same_texts(tmp_path):
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (tmp_path / name).write_bytes(gzip.compress(ODD_CORPUS.encode()))
+    collection = evaluate.read_collection(tmp_path)
+    assert collection.corpus == collection.queries and len(collection.corpus) == 3
+    plain = evaluate.Corpus(write(tmp_path / "plain.jsonl", ODD_CORPUS))
+    assert collection.corpus.digest == plain.digest
 
 
 # --- BM25 -----------------------------------------------------------------------------------------

@@ -378,7 +378,7 @@ def test_reading_candidates_honours_exclusions_and_the_cut(tmp_path):
     evaluate.write_run(tmp_path / "x.run", {"q": [("b", 3.0), ("c", 2.0), ("a", 1.0)]})
     cfg = grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run"), top_k=2)
     queries, _, counts = grouprank.read_candidates(cfg)
-    assert [(q.qid, q.ids) for q in queries] == [("q", ["c", "a"])]
+    assert [(q.qid, q.ids, list(q.texts)) for q in queries] == [("q", ["c", "a"], ["C", "A"])]
     assert counts["queries without a run"] == 1
 
 
@@ -397,6 +397,28 @@ def test_a_run_without_candidates_is_one_sentence(tmp_path, run, message):
     (tmp_path / "x.run").write_text(run)
     with pytest.raises(ValueError, match=message):
         grouprank.read_candidates(grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run")))
+
+
+def test_texts_are_read_when_their_batch_of_queries_is_asked(tmp_path, monkeypatch):
+    n_queries = 3 * grouprank.QUERIES_PER_BATCH
+    corpus = {f"d{i}": f"text 3 {i % 10}" for i in range(n_queries)}
+    ids = list(corpus)
+    run = {f"q{i}": [(ids[i], 2.0), (ids[i - 1], 1.0)] for i in range(n_queries)}
+    evaluate.write_collection(tmp_path, corpus, dict.fromkeys(run, "query"), {"q0": {"d0": 1}})
+    evaluate.write_run(tmp_path / "x.run", run)
+    n_read, pread = [0], os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: n_read.append(n_read[-1] + 1) or pread(*args))
+    cfg = grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run"))
+    queries, _, _ = grouprank.read_candidates(cfg)
+    n_read[:] = [0]
+    task = grouprank.describe_task(cfg, grouprank.Prompt(), queries)
+    assert len(n_read) == 1  # comparing two jobs reads no text either
+    batches = grouprank.rank_batches(Scripted(), grouprank.Prompt(), queries, cfg)
+    after = [n_read[-1] for _ in batches]  # two documents a query, each read once
+    assert after == [2 * grouprank.QUERIES_PER_BATCH * i for i in (1, 2, 3)]
+    evaluate.write_collection(tmp_path, corpus | {"d0": "other"}, dict.fromkeys(run, "query"), {"q0": {"d0": 1}})
+    changed = grouprank.describe_task(cfg, grouprank.Prompt(), grouprank.read_candidates(cfg)[0])
+    assert changed["candidates"] != task["candidates"]
 
 
 # --- Jobs that stop and go on, jobs in parts, sweeps ----------------------------------------------
