@@ -632,9 +632,9 @@ def read_query(text: str, n_docs: int = 1) -> str | None:
 
 
 def shingles(text: str, n: int = 5) -> frozenset[str]:
-    """The character n-grams of a text's lower-cased words."""
-    words = " ".join(evaluate.WORD.findall(text.lower()))
-    return frozenset(words[i : i + n] for i in range(max(len(words) - n + 1, 1)))
+    """The character n-grams of each lower-cased word, spaces around it; whatever their order."""
+    words = [f" {word} " for word in evaluate.WORD.findall(text.lower())]
+    return frozenset(word[i : i + n] for word in words for i in range(max(len(word) - n + 1, 1)))
 
 
 def jaccard(a: frozenset, b: frozenset) -> float:
@@ -872,10 +872,8 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
     """First-stage candidates of every query: {qid: [(docid, score), ...]}, best first, top_k each.
 
     corpus and queries map ids to texts; excluded maps a query to the documents it must not get.
-    With BM25 alone, a document that shares no word with a query scores 0 and can still fill the end
-    of its list (`run_retrieve` writes none of these). With an encoder, both searches name their
-    top_k (BM25 those with a score above 0), and all of these are fused; no query's scores depend on
-    another's exclusions.
+    BM25 names its top_k that share a word with the query, the encoder its top_k, and all of these
+    are fused. No query's scores depend on another's exclusions.
     """
     ids, index = list(corpus), evaluate.BM25(corpus.values())
     depth = top_k + max(map(len, excluded.values()), default=0)
@@ -888,8 +886,7 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
     for row, (qid, query) in enumerate(searched):
         banned = excluded.get(qid, ())
         pairs = zip(*(part.tolist() for part in index.search(query, depth)), strict=True)
-        found = [(i, s) for i, s in pairs if ids[i] not in banned and (s > 0 or not encoder)]
-        found = found[:top_k]
+        found = [(i, s) for i, s in pairs if s > 0 and ids[i] not in banned][:top_k]
         ranked = [(ids[i], s) for i, s in found]
         if encoder:
             near = [i for i in nearest[row].tolist() if ids[i] not in banned][:top_k]
@@ -928,7 +925,7 @@ def fill_pools(work: Work, topics: Sequence[Topic], encoder=None) -> None:
     for topic in topics:
         rng = work.rng("pool", topic.qid)
         banned = work.excluded.get(topic.qid, set())
-        ranked = [doc for doc, score in run[topic.qid] if score > 0]
+        ranked = [doc for doc, _ in run[topic.qid]]
         rank_of = {doc: rank for rank, doc in enumerate(ranked, 1)}
         pool = draw_pool(ranked, cfg.pool_top, cfg.pool_random, cfg.pool_depth, rng)
         topic.source_rank = rank_of.get(topic.source)
@@ -1475,8 +1472,6 @@ def run_retrieve(cfg: Config) -> None:
           f" {len(collection.queries)} queries, top {cfg.top_k}", flush=True)
     run = retrieve(collection.corpus, collection.queries, collection.excluded, cfg.top_k, encoder,
                    alpha=cfg.alpha, fusion=cfg.fusion)
-    if not encoder:  # no word in common: nothing was found, and the order of the corpus is no rank
-        run = {qid: [pair for pair in ranked if pair[1] > 0] for qid, ranked in run.items()}
     if empty := sum(not ranked for ranked in run.values()):
         print(f"note: {empty} of {len(run)} queries find no document and are not in the run")
     if not any(run.values()):
@@ -1698,8 +1693,8 @@ class SimulatedTeacher:
 
 # The demo's world is small: short texts, groups of six, and no query word in any document.
 DEMO = {"llm": "simulated teacher", "generate_queries": 1300, "min_doc_chars": 20,
-        "near_duplicate": 0.9, "groups_per_query": 18, "group_sizes": "6",
-        "sft_share": 0.9, "positive_level": 4, "negative_level": 1, "epochs": 8.0, "batch": 64,
+        "near_duplicate": 0.9, "groups_per_query": 24, "group_sizes": "6",
+        "sft_share": 0.9, "positive_level": 4, "negative_level": 1, "epochs": 12.0, "batch": 64,
         "chunk": 64, "contrast_temperature": 0.05, "lr": 5e-3}
 DEMO_DOCS, DEMO_TEST_QUERIES = 3000, 100
 
@@ -1751,10 +1746,18 @@ def retrieval_quality(folder: Path, encoders: dict[str, Encoder]) -> dict[str, f
     quality = {}
     for name, encoder in ({"BM25": None} | encoders).items():
         run = retrieve(data.corpus, data.queries, {}, 10, encoder, alpha=0.0)
-        scores = {qid: {doc: -place for place, (doc, _) in enumerate(ranking)}
+        # BM25 finds nothing here: the first documents of the corpus stand for a random order.
+        scores = {qid: {doc: -place for place, doc in enumerate(dict(ranking) or data.corpus)}
                   for qid, ranking in run.items()}
         quality[name] = grouprank.mean_ndcg(data.qrels, scores)
     return quality
+
+
+def reranker_command(rows: Path, out: Path, seed: int) -> str:
+    """Train the demo's reranker on these rows, with as many GRPO steps as on its own."""
+    n_rows = sum(1 for _ in evaluate.read_jsonl(rows))
+    return (f"python grouprank.py --train --data {rows} --seed {seed}"
+            f" --grpo-epochs {grouprank.DEMO_ROWS['grpo'] / n_rows:.3f} --out {out}")
 
 
 def run_demo(given: dict) -> None:
@@ -1785,6 +1788,8 @@ def run_demo(given: dict) -> None:
           + evaluate.table("pools", labels)
           + f"\n\nNDCG@10 on {DEMO_TEST_QUERIES} held-out queries, {DEMO_DOCS} documents\n"
           + evaluate.table("retrieval", retrieval))
+    rows = out / f"seed-{first}" / "reranker.train.jsonl"
+    print(f"\ntry: {reranker_command(rows, out / 'reranker', first)}")
 
 
 # --- Command line ---------------------------------------------------------------------------------
