@@ -16,19 +16,17 @@ Embedded demo - Command line.
     python synth.py --train-retriever DIR/retriever.jsonl --encoder MODEL --out DIR
 
 Departures from the paper, and choices where it is silent:
-    1. Documents to which the pointwise teacher gives one score share their mean rank in Eq. 2, so
-       that between them the listwise teacher decides, and not the order of the prompt.
+    1. Documents with equal pointwise scores share their mean rank in Eq. 2: between them the
+       listwise teacher decides, and not the order of the prompt.
     2. Eq. 2 gives an order. The labels 0-10 are the pointwise scores of the pool, dealt out again
        in this order: they keep the rubric's meaning, so that scores compare across pools.
     3. Agreement of the teachers is NDCG@10 of the listwise order with the pointwise scores as
-       gains; pools below 0.4 are dropped (the threshold is ReasonRank's).
+       gains; pools below 0.4 (ReasonRank's threshold) are dropped.
     4. Groups are drawn from the pool in first-stage order, as in the authors' sample rows: every
        n-th candidate, or neighbours, around a circle, so that all are drawn equally often.
-       Documents inside a group are shuffled.
     5. A response for SFT is the teacher's own answer, kept only if its scores agree with the fused
        labels. Putting the labels into it would make its reasoning contradict its scores.
-    6. Documents that share no word with the query are not ranked by BM25; random documents of the
-       corpus fill such a pool up.
+    6. BM25 does not rank documents without a word of the query; random ones fill such a pool up.
     7. A teacher's answer counts only if it is right in every detail; otherwise it is asked again,
        and in the end the document (pointwise) or the query (listwise) is dropped and counted.
 
@@ -534,12 +532,8 @@ def read_corpus(path: Path, min_chars: int) -> tuple[dict[str, str], dict[str, s
 
 def read_input(cfg: Config) -> tuple[dict, dict, dict, Counter]:
     """(corpus, given queries, excluded documents, counts) of a BEIR folder or a corpus file."""
-    path = Path(cfg.data)
-    folder = path if path.is_dir() else path.parent
-    corpus_path = path / "corpus.jsonl" if path.is_dir() else path
-    if not corpus_path.is_file():
-        raise ValueError(f"--data {cfg.data}: {corpus_path} is missing")
-    queries, excluded = {}, {}
+    path = Path(cfg.data, "corpus.jsonl") if Path(cfg.data).is_dir() else Path(cfg.data)
+    folder, queries, excluded = path.parent, {}, {}
     if not cfg.generate_queries:
         texts = folder / (f"queries.{cfg.queries}.jsonl" if cfg.queries else "queries.jsonl")
         if not texts.is_file():
@@ -547,7 +541,7 @@ def read_input(cfg: Config) -> tuple[dict, dict, dict, Counter]:
         queries = evaluate.read_texts(texts)
         if (folder / "excluded.tsv").exists():
             excluded = evaluate.read_excluded(folder / "excluded.tsv")
-    corpus, twins, counts = read_corpus(corpus_path, cfg.min_doc_chars)
+    corpus, twins, counts = read_corpus(path, cfg.min_doc_chars)
     # What is excluded under one id must not come back under another.
     excluded = {qid: docs | {twins[doc] for doc in docs & twins.keys()}
                 for qid, docs in excluded.items()}
@@ -781,12 +775,9 @@ class Encoder:
         mask = tokens["attention_mask"]  # (B, T)
         with self.machine.autocast():
             states = self.model(input_ids=tokens["input_ids"], attention_mask=mask)[0].float()
-        if self.pooling == "cls":
-            pooled = states[:, 0]
-        elif self.pooling == "last":
-            pooled = states[torch.arange(len(texts)), mask.sum(1) - 1]
-        else:
-            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        pooled = (states[:, 0] if self.pooling == "cls" else
+                  states[torch.arange(len(texts)), mask.sum(1) - 1] if self.pooling == "last" else
+                  (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.normalize(pooled, dim=-1)
 
     @torch.no_grad()
@@ -798,7 +789,7 @@ class Encoder:
         result = None
         for batch in tqdm(batches, desc=f"encode {kind}", disable=not sys.stderr.isatty()):
             vectors = self.vectors([texts[i] for i in batch], kind).cpu()
-            if result is None:
+            if result is None:  # filled in place: a large corpus is in memory once
                 result = torch.empty(len(texts), vectors.shape[1])
             result[batch] = vectors
         return result
@@ -873,21 +864,18 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
         banned = excluded.get(qid, ())
         pairs = zip(*(part.tolist() for part in index.search(query, depth)), strict=True)
         found = [(i, s) for i, s in pairs if s > 0 and ids[i] not in banned][:top_k]
-        ranked = [(ids[i], s) for i, s in found]
         if encoder:
             near = [i for i in nearest[row].tolist() if ids[i] not in banned][:top_k]
             if fusion == "rrf":
-                named = [[ids[i] for i in part] for part in ([i for i, _ in found], near)]
-                fused = reciprocal_rank_fusion(named)
+                fused = reciprocal_rank_fusion([[i for i, _ in found], near])
             else:
-                lexical = index.scores(query)
                 both = sorted({i for i, _ in found} | set(near))
-                cosines = docs[both] @ vectors[row]
-                parts = [evaluate.minmax(values.tolist()) for values in (lexical[both], cosines)]
-                named = [dict(zip((ids[i] for i in both), part, strict=True)) for part in parts]
-                fused = interpolate(*named, alpha)
-            ranked = sorted(fused.items(), key=lambda pair: -pair[1])[:top_k]
-        run[qid] = ranked
+                scores = (index.scores(query)[both], docs[both] @ vectors[row])
+                parts = [dict(zip(both, evaluate.minmax(part.tolist()), strict=True))
+                         for part in scores]
+                fused = interpolate(*parts, alpha)
+            found = sorted(fused.items(), key=lambda pair: -pair[1])[:top_k]
+        run[qid] = [(ids[i], s) for i, s in found]
     return run
 
 
@@ -1477,29 +1465,30 @@ def cached_backward(encoder: Encoder, chunks: Sequence[tuple[list[str], str]],
     return loss.item()
 
 
-def check_pair(row) -> dict:
-    """One row of `read_pairs`, missing scores filled in (10 and 0); ValueError if it is no such."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    parts = {part: row.get(part) for part in ("pos", "neg")}
-    lists = all(isinstance(texts, list) and texts for texts in parts.values())
-    texts = [row.get("query"), *(parts["pos"] + parts["neg"] if lists else [None])]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError('needs a "query", and lists of texts in "pos" and "neg", none of it empty')
-    for part, texts in parts.items():
-        scores = row.setdefault(f"{part}_scores", [10.0 * (part == "pos")] * len(texts))
-        numbers = isinstance(scores, list) and all(
-            type(score) in (int, float) and math.isfinite(score) for score in scores)
-        if not numbers or len(scores) != len(texts):
-            raise ValueError(f'"{part}_scores" must be a list with one number for each of the'
-                             f' {len(texts)} texts in "{part}"')
-    return row
-
-
 def read_pairs(path: str) -> list[dict]:
-    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; errors name file and line."""
+    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; errors name file and line.
+
+    Scores that are not there become 10 and 0.
+    """
+    rows = []
     with evaluate.numbered_lines(path) as lines:
-        rows = [check_pair(json.loads(line)) for line in filter(str.strip, lines)]
+        for row in map(json.loads, filter(str.strip, lines)):
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            lists = [row.get("pos"), row.get("neg")]
+            filled = all(isinstance(part, list) and part for part in lists)
+            texts = [row.get("query"), *itertools.chain.from_iterable(lists)] if filled else [None]
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError('needs a "query", and lists of texts in "pos" and "neg", none of'
+                                 " it empty")
+            for part, default in (("pos", 10.0), ("neg", 0.0)):
+                n = len(row[part])
+                scores = row.setdefault(f"{part}_scores", [default] * n)
+                if not isinstance(scores, list) or len(scores) != n or not all(
+                        type(score) in (int, float) and math.isfinite(score) for score in scores):
+                    raise ValueError(f'"{part}_scores" must be a list with one number for each of'
+                                     f' the {n} texts in "{part}"')
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
@@ -1606,9 +1595,9 @@ class SimulatedTeacher:
         self.world = world
         self.concept_of = {word: c for c, row in enumerate(world.concepts) for word in row}
 
-    def __call__(self, chats, temperature, top_p, progress=None) -> list[Completion]:
-        texts = [self.answer(grouprank.chat_messages(chat.prompt, chat.query, chat.texts),
-                             chat.seed) for chat in chats]
+    def __call__(self, chats, temperature, top_p) -> list[Completion]:
+        prompts = [grouprank.chat_messages(chat.prompt, chat.query, chat.texts) for chat in chats]
+        texts = [self.answer(prompt, chat.seed) for prompt, chat in zip(prompts, chats, strict=True)]
         return [Completion(text, completion_tokens=len(text) // 4) for text in texts]
 
     def answer(self, messages: Sequence[dict], seed) -> str:
@@ -1684,15 +1673,14 @@ def true_score(world: grouprank.DemoWorld, query: Sequence[int], words: Sequence
 def label_quality(work: Work, teacher: SimulatedTeacher) -> dict[str, float]:
     """Mean NDCG@10 of the pools ranked by each kind of label, against the world's truth."""
     sums: Counter = Counter()
-    topics = list(work.topics)
-    for t in topics:
+    for t in work.topics:
         query = [teacher.concept_of[word] for word in t.text.split()]
         truth = [true_score(teacher.world, query, work.corpus[doc].split()) for doc in t.pool]
         kinds = {"pointwise": t.pointwise, "listwise": [-place for place in t.listwise],
                  "fused": t.fused, "labels 0-10": t.labels}
         for kind, scores in kinds.items():
-            sums[kind] += evaluate.ndcg(evaluate.tie_averaged(scores, truth), truth) / len(topics)
-    return dict(sums)
+            sums[kind] += evaluate.ndcg(evaluate.tie_averaged(scores, truth), truth)
+    return {kind: total / len(work.topics) for kind, total in sums.items()}
 
 
 def retrieval_quality(folder: Path, encoders: dict[str, Encoder]) -> dict[str, float]:

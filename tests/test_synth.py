@@ -586,19 +586,21 @@ def test_a_dry_run_counts_the_calls_of_the_job_and_writes_nothing(tmp_path, monk
 
 
 def test_ctrl_c_keeps_what_is_on_its_way_and_says_how_to_go_on(tmp_path, capsys):
-    folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=2), tmp_path / "out"
-    teacher = synth.SimulatedTeacher(world())
+    folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=4), tmp_path / "out"
+    teacher, batches = synth.SimulatedTeacher(world()), []
 
     def interrupted(chats, *rest):
-        signal.raise_signal(signal.SIGINT)  # reaches the main thread, which waits
-        time.sleep(0.2)
+        batches.append(chats)
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # reaches the main thread, which waits
+            time.sleep(0.2)
         return teacher(chats, *rest)
 
     with pytest.raises(KeyboardInterrupt):
         synthesise(folder, out, interrupted)
     assert f"stopped; all answers so far are in {out / 'answers.jsonl'}: the same command goes on" in (
         capsys.readouterr().err)
-    assert len(rows_of(out / "answers.jsonl")) == synth.CALLS_PER_BATCH
+    assert len(rows_of(out / "answers.jsonl")) == 2 * synth.CALLS_PER_BATCH  # of 80
     synthesise(folder, out)
     synthesise(folder, tmp_path / "whole")
     assert outputs(out) == outputs(tmp_path / "whole")
