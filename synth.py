@@ -30,9 +30,10 @@ Departures from the paper, and choices where it is silent:
     7. A teacher's answer counts only if it is right in every detail; otherwise it is asked again,
        and in the end the document (pointwise) or the query (listwise) is dropped and counted.
 
-Retrieval: BM25 is evaluate.BM25 (Lucene variant, k1 0.9, b 0.4, its tokenizer and stop words). With
-an encoder, S = alpha minmax(BM25) + (1 - alpha) minmax(cosine) over all documents that either of
-the two finds; both scores are exact for each of them, none is taken as 0 for being absent.
+Retrieval: BM25 is evaluate.BM25: Lucene variant, k1 0.9, b 0.4, words of letters, digits and _,
+lower-cased and unstemmed, without Lucene's 33 stop words. With an encoder,
+S = alpha minmax(BM25) + (1 - alpha) minmax(cosine) over all documents that either of the two finds; both scores are exact
+for each of them, none is taken as 0 for being absent.
 """
 
 from __future__ import annotations
@@ -614,30 +615,30 @@ def shingles(text: str, n: int = 5) -> frozenset[str]:
 
 
 class NearDuplicates:
-    """Finds texts whose shingles have a Jaccard similarity of at least `threshold`.
+    """Finds texts whose shingles have a Jaccard similarity of at least `threshold`, exactly.
 
-    |a and b| / |a or b| = n / (|a| + |b| - n), exactly: an index from shingles to texts gives n.
+    |a and b| / |a or b| >= t needs |a and b| >= t |a|: of any more than (1 - t) |a| shingles of a,
+    b has one. The rarest propose the candidates, so that few texts are compared.
     """
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.sizes: dict[str, int] = {}  # id -> shingles of its text
+        self.texts: dict[str, frozenset[str]] = {}  # id -> shingles
         self.index: dict[str, list[str]] = {}  # shingle -> ids of the texts that have it
 
     def find(self, text: str) -> str | None:
         """The id of a text that was added and is nearly this one, the most similar first."""
         grams = shingles(text)
-        lists = (self.index.get(gram, ()) for gram in grams)
-        shared = Counter(itertools.chain.from_iterable(lists))
-        scored = ((-n / (len(grams) + self.sizes[id] - n), id) for id, n in shared.items())
-        best = min(scored, default=(0.0, None))
+        lists = sorted((self.index.get(gram, []) for gram in grams), key=len)
+        near = set().union(*lists[: len(grams) - int(self.threshold * len(grams)) + 1])
+        best = min(((-len(grams & self.texts[id]) / len(grams | self.texts[id]), id)
+                    for id in near), default=(0.0, None))
         return best[1] if -best[0] >= self.threshold else None
 
     def add(self, id: str, text: str) -> None:
         """Remember a text."""
-        grams = shingles(text)
-        self.sizes[id] = len(grams)
-        for gram in grams:
+        self.texts[id] = shingles(text)
+        for gram in self.texts[id]:
             self.index.setdefault(gram, []).append(id)
 
 
