@@ -31,8 +31,8 @@ Departures from the paper, and choices where it is silent:
        and in the end the document (pointwise) or the query (listwise) is dropped and counted.
 
 Retrieval: BM25 is evaluate.BM25: Lucene variant, k1 0.9, b 0.4, words of letters, digits and _,
-lower-cased and unstemmed, without Lucene's 33 stop words. With an encoder,
-S = alpha minmax(BM25) + (1 - alpha) minmax(cosine) over all documents that either of the two finds; both scores are exact
+lower-cased and unstemmed, without Lucene's 33 stop words. With an encoder, S = alpha minmax(BM25) +
+(1 - alpha) minmax(cosine) over all documents that either of the two finds; both scores are exact
 for each of them, none is taken as 0 for being absent.
 """
 
@@ -753,15 +753,16 @@ class Encoder:
         self.model = self.model.to(self.machine.device).eval()
         self.tokenizer.padding_side = "right"  # pooling counts on it
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        given = {"pooling": cfg.pooling, "query": cfg.query_prefix, "document": cfg.doc_prefix}
+        given = {"pooling": cfg.pooling, "query prefix": cfg.query_prefix,
+                 "document prefix": cfg.doc_prefix}
         says = read_encoder_files(path) | {k: v for k, v in given.items() if v != "auto"}
         self.pooling = says.get("pooling", "mean")
-        self.prefixes = {kind: says.get(kind, "") for kind in ("query", "document")}
+        self.prefixes = {kind: says.get(f"{kind} prefix", "") for kind in ("query", "document")}
         if self.pooling not in ("mean", "cls", "last"):
             raise ValueError(f"--encoder {path}: its pooling is {self.pooling}, which is not"
                              " implemented; --pooling replaces it, with other vectors")
-        if unsaid := given.keys() - says.keys():
-            print(f"note: no file of {path} names its {' and '.join(sorted(unsaid))}:"
+        if unsaid := [name for name in given if name not in says]:
+            print(f"note: no file of {path} names its {', '.join(unsaid)}:"
                   f" {self.pooling} pooling, {self.prefixes['query']!r} before queries,"
                   f" {self.prefixes['document']!r} before documents")
         limits = (cfg.max_doc_tokens, self.tokenizer.model_max_length, says.get("max_tokens"),
@@ -799,8 +800,8 @@ class Encoder:
 def read_encoder_files(path: str) -> dict:
     """What the files for sentence-transformers of a folder or hub repository say of an encoder.
 
-    {"pooling", "max_tokens", "query", "document"} (the texts to put in front), as far as they say
-    it. ValueError where the vectors go through a module that is not implemented.
+    {"pooling", "max_tokens", "query prefix", "document prefix"}, as far as they say it. ValueError
+    where the vectors go through a module that is not implemented.
     """
     def read(name: str):
         """The content of a JSON file, None if there is none of this name."""
@@ -824,9 +825,9 @@ def read_encoder_files(path: str) -> dict:
     config = read("config_sentence_transformers.json") or {}
     if prompts := config.get("prompts"):
         default = prompts.get(config.get("default_prompt_name"), "")
-        says["query"] = prompts.get("query", default)
+        says["query prefix"] = prompts.get("query", default)
         names = [name for name in ("document", "passage", "corpus") if name in prompts]
-        says["document"] = prompts[names[0]] if names else default
+        says["document prefix"] = prompts[names[0]] if names else default
     return says
 
 
@@ -1598,7 +1599,8 @@ class SimulatedTeacher:
 
     def __call__(self, chats, temperature, top_p) -> list[Completion]:
         prompts = [grouprank.chat_messages(chat.prompt, chat.query, chat.texts) for chat in chats]
-        texts = [self.answer(prompt, chat.seed) for prompt, chat in zip(prompts, chats, strict=True)]
+        texts = [self.answer(messages, chat.seed)
+                 for messages, chat in zip(prompts, chats, strict=True)]
         return [Completion(text, completion_tokens=len(text) // 4) for text in texts]
 
     def answer(self, messages: Sequence[dict], seed) -> str:

@@ -990,9 +990,9 @@ def test_the_default_prompt_goes_before_texts_that_have_none_of_their_own(bert, 
 
 def test_what_no_file_says_of_an_encoder_is_printed(bert, tmp_path, capsys):
     assert synth.Encoder(bert, synth.Config()).pooling == "mean"
-    assert "names its document and pooling and query: mean pooling, '' before queries" in capsys.readouterr().out
+    assert "names its pooling, query prefix, document prefix: mean pooling, '' before queries" in capsys.readouterr().out
     synth.Encoder(sentence_transformers_files(bert, tmp_path / "st", "cls_token"), synth.Config())
-    assert "names its document and query: cls pooling" in capsys.readouterr().out
+    assert "names its query prefix, document prefix: cls pooling" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("pooling", "module", "message"), [
@@ -1121,6 +1121,28 @@ def test_the_demo_shows_that_fused_labels_beat_both_teachers(tmp_path, monkeypat
     for bm25, untrained, trained in tables[3:]:
         assert trained > max(bm25, untrained) + 20
     assert "simulated" in said
+    started, last = [], said.splitlines()[-1]
+    monkeypatch.setattr(grouprank, "write_demo", lambda *rest: None)
+    monkeypatch.setattr(grouprank, "train", lambda cfg, prompt, out: started.append(cfg) or 1 / 0)
+    assert last.startswith("try: python grouprank.py --train --data ")
+    with pytest.raises(ZeroDivisionError):
+        grouprank.main(last.split()[3:])
+    assert started[0].data == str(tmp_path / "demo" / "seed-0" / "reranker.train.jsonl")
+    assert started[0].model == str(tmp_path / "demo" / "reranker" / "demo" / "untrained")
+
+
+@pytest.mark.parametrize(("query", "options", "message"), [
+    ("what do hearts do", [], "--data needs --model"), ("heart lung", ["--ablation"], "leave --data out"),
+    ("heart lung", ["--out", "{p}"], "give another --out"),
+])  # fmt: skip
+def test_only_rows_of_the_demos_world_train_its_model(tmp_path, query, options, message):
+    (tmp_path / "demo").mkdir()
+    row = {"id": "r", "query": query, "docs": [{"id": "d", "text": "bile"}], "scores": [1]}
+    rows = write_rows(tmp_path / "demo" / "rows.jsonl", [row])
+    out = ["--out", str(tmp_path / "new"), *(option.format(p=tmp_path) for option in options)]
+    with pytest.raises(ValueError, match=message):
+        grouprank.main(["--train", "--data", rows, "--overwrite", *out])
+    assert Path(rows).exists() and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("options", "message"), [
