@@ -46,6 +46,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import http.client
@@ -73,9 +74,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -896,6 +901,95 @@ def grpo_loss(
     return -(weights * objective).sum()
 
 
+# --- Processes: several train together when torchrun starts them ----------------------------------
+
+
+def join_processes() -> None:
+    """Meet the processes that torchrun started. Only the first one prints and writes files.
+
+    Without torchrun there is nothing to meet, and none of what follows communicates.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    local, n_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if n_devices:
+        if local >= n_devices:
+            raise ValueError(f"torchrun --nproc-per-node is larger than the {n_devices} CUDA"
+                             " devices here")
+        torch.cuda.set_device(local)
+    # Lists travel over gloo, tensors on CUDA over NCCL. Hours: one may wait for another's rollouts.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if n_devices else "gloo",
+                            timeout=datetime.timedelta(hours=6))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, how many train together); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """What every process calls this with, in the order of the processes; all of them must call."""
+    number, n_processes = processes()
+    if n_processes == 1:
+        return [value]
+    values = [None] * n_processes
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError:  # the connection to a process that ended; torchrun names that one
+        raise SystemExit(f"process {number}: another process has ended, so this one does") from None
+    return values
+
+
+def on_first(work: Callable, *args):
+    """Let the first process alone do some work; the others wait and get its result."""
+    return gather(None if processes()[0] else work(*args))[0]
+
+
+def deal(costs: Sequence[float], n_shares: int) -> list[list[int]]:
+    """Indices of the items in n shares of like cost: the costliest first, to whoever has least."""
+    shares, loads = [[] for _ in range(n_shares)], [0.0] * n_shares
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += costs[i]
+    return [sorted(share) for share in shares]
+
+
+def my_share(costs: Sequence[float]) -> list[int]:
+    """Indices of the items that this process takes; all processes must agree on the costs."""
+    number, n_processes = processes()
+    return deal(costs, n_processes)[number]
+
+
+def shard(policy: Policy, device: torch.device) -> None:
+    """Leave a part of each weight on each process; a layer is gathered while it runs.
+
+    Backward passes then add the *mean* of the processes' gradients. All processes must run the
+    policy equally often, or they wait for each other for ever.
+    """
+    mesh = init_device_mesh(device.type, (processes()[1],))
+    for layer in policy.model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)  # embeddings, last norm and head: what the layers left
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece, on the CPU of the first process; nothing on the others."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return torch.empty(0) if processes()[0] else full.cpu()
+
+
+def cut_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that `whole` put together."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
 # --- Model: device, precision, LoRA ---------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1066,6 +1160,7 @@ def plain_state_dict(model) -> dict[str, Tensor]:
     layers = lora_layers(model)
     weights = {}
     for name, tensor in model.state_dict().items():
+        tensor = whole(tensor)
         owner, _, leaf = name.rpartition(".")
         if leaf in ("lora_A", "lora_B"):
             continue
@@ -1082,6 +1177,8 @@ def save_adapter(model, folder: Path, base_name: str) -> None:
     """Write the adapters in PEFT's own format, so that peft and vLLM load them."""
     from safetensors.torch import save_file  # comes with transformers
 
+    if processes()[0]:
+        return
     layers = lora_layers(model)
     tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).data.cpu()
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
@@ -1757,6 +1854,27 @@ def shuffled_batch(n_rows: int, step: int, batch: int, seed: Sequence[int]) -> l
 # --- Checkpoints and logs -------------------------------------------------------------------------
 
 
+def open_alone(path: Path):
+    """Open and lock a file of an output folder; ValueError if another process has done so.
+
+    Two processes would write over each other, or pay for each answer twice. Closing the file ends
+    the lock, and so does the end of the process, however it comes.
+    """
+    import fcntl  # POSIX only
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process works on {path}: wait until it ends, or take another"
+                         " --out") from None
+    except OSError:  # a file system without locks, as some clusters have
+        pass
+    return file
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Write a folder under a temporary name, then rename it: it is there whole or not at all."""
@@ -1777,10 +1895,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
     """Write a folder that AutoModelForCausalLM.from_pretrained and vLLM open, with meta.json."""
+    weights = plain_state_dict(model)  # by all processes: a sharded weight is gathered
+    if processes()[0]:
+        return
     with new_folder(folder) as temporary:
         dtype = model.config.dtype
         model.config.dtype = getattr(model, "stored_dtype", dtype)
-        model.save_pretrained(temporary, state_dict=plain_state_dict(model))
+        model.save_pretrained(temporary, state_dict=weights)
         model.config.dtype = dtype
         tokenizer.save_pretrained(temporary)
         text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
@@ -1791,6 +1912,8 @@ def publish_model(model, tokenizer, out: Path, meta: dict) -> None:
     """Write the final model into the run's own folder, file by file, meta.json last."""
     staged = out / "final.tmp"
     save_model(model, tokenizer, staged, meta)
+    if processes()[0]:
+        return
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "meta.json"):
         path.replace(out / path.name)
     staged.rmdir()
@@ -1819,8 +1942,11 @@ def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
     """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go.
 
     No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
-    that are functions of (seed, step, row id, rollout number), and dropout is off.
+    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of the
+    processes: a run may be resumed by more or fewer of them.
     """
+    if processes()[0]:
+        return
     path = folder / f"{name}.pt"
     try:
         with evaluate.open_atomic(path, "wb") as file:
@@ -1894,6 +2020,8 @@ class Log:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop the lines from (stage, step) on: a resumed run writes them again."""
+        if processes()[0]:
+            return
         for path in (self.metrics, self.samples):
             if not path.exists():
                 continue
@@ -1911,6 +2039,8 @@ class Log:
 
     def write(self, stage: str, step: int, n_steps: int, numbers: dict, eta_s: float = 0) -> None:
         """Log one step, or one evaluation (keys that begin with eval/)."""
+        if processes()[0]:
+            return
         finite = {k: v for k, v in numbers.items() if math.isfinite(v)}  # JSON has no infinity
         row = {"stage": stage, "step": step, **finite}
         with open(self.metrics, "a", encoding="utf-8") as file:
@@ -1924,6 +2054,8 @@ class Log:
 
     def sample(self, stage: str, step: int, rows: Sequence[dict]) -> None:
         """Keep a few completions for reading."""
+        if processes()[0]:
+            return
         with open(self.samples, "a", encoding="utf-8") as file:
             for row in rows:
                 row = {"stage": stage, "step": step, **row}
@@ -1960,26 +2092,48 @@ class Job:
     stop: int = 0  # the signal that asked for a stop, 0 for none
     short_of_memory: bool = False  # whether that was said already
     skipped: list[list[Pass]] = field(default_factory=list)  # the latest steps without an update
+    policy: Policy | None = None
+    replica: nn.Module | None = None  # with sharded weights: a whole copy of them, which decodes
 
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
         return end_token_ids(self.model, self.tokenizer)
 
-    def answer(self, items: list[Item], seeds, temperature: float = 1.0,
+    def answer(self, items: list[Item], seeds, temperature: float = 1.0) -> list[list[list[int]]]:
+        """Decode answers to prompts, as many for each as it has seeds; every process a share."""
+        self.refresh_replica()
+        mine = my_share([len(item.prompt) for item in items])
+        answers = self.decode([items[i] for i in mine], [seeds[i] for i in mine], temperature)
+        found = {i: row for part in gather(list(zip(mine, answers, strict=True)))
+                 for i, row in part}
+        return [found[i] for i in range(len(items))]
+
+    @torch.no_grad()
+    def refresh_replica(self) -> None:
+        """Gather the sharded weights into the copy that decodes: once for a batch of rollouts."""
+        if self.replica is not None:
+            pairs = zip(self.replica.parameters(), self.model.parameters(), strict=True)
+            for weight, sharded in pairs:
+                weight.copy_(sharded.full_tensor())
+
+    def decode(self, items: list[Item], seeds, temperature: float,
                share: float = 1.0, again: bool = False) -> list[list[list[int]]]:
-        """Decode answers to prompts, as many for each as it has seeds.
+        """Decode answers on this process.
 
         Nothing of the model's generation_config applies: a top_p or a repetition penalty would
         make the sampled distribution another one than the trained. Where memory runs out, the
         prompts are split, with half the cache (`share`), then the answers of one prompt; a prompt
         that fails `again` gets no answers. What is drawn does not depend on the split.
         """
+        if not items:
+            return []
         prompts = [item.prompt for item in items]
+        model = self.model if self.replica is None else self.replica
         cache_gib = share * cache_budget_gib(self.cfg, self.machine)
         try:
-            with self.machine.autocast():
-                return generate(self.model.eval(), prompts, seeds, temperature=temperature,
+            with self.machine.autocast(), memory_errors():
+                return generate(model.eval(), prompts, seeds, temperature=temperature,
                                 max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
                                 cache_gib=cache_gib, shared=self.shared)
         except torch.OutOfMemoryError:
@@ -1988,14 +2142,20 @@ class Job:
         half = (len(items) + 1) // 2
         if len(items) > 1:
             return [answers for part in (slice(half), slice(half, None))
-                    for answers in self.answer(items[part], seeds[part], temperature, share / 2)]
+                    for answers in self.decode(items[part], seeds[part], temperature, share / 2)]
         if again:
             print(f"note: row {items[0].id!r} is left out of this step: out of memory", flush=True)
             return [[]]
         draws, half = seeds[0], (len(seeds[0]) + 1) // 2
-        parts = [self.answer(items, [some], temperature, share / 2, again=True)[0]
+        parts = [self.decode(items, [some], temperature, share / 2, again=True)[0]
                  for some in (draws[:half], draws[half:]) if some]
         return [[ids for part in parts for ids in part] if all(parts) else []]
+
+    def use_shared_prompts(self, on: bool) -> None:
+        """Run prompts once for all their rollouts, or once for each."""
+        self.shared = on
+        for model in filter(None, (self.model, self.replica)):
+            share_prompts(model, on)
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer as the reward reads it: a special token inside it must not go unseen."""
@@ -2036,7 +2196,10 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup: float, schedule:
 
 
 class Optimizer:
-    """AdamW on the trained weights with clipping and, for fp16, loss scaling."""
+    """AdamW on the trained weights with clipping and, for fp16, loss scaling.
+
+    With several processes a step adds up their gradients, each process having seen its share.
+    """
 
     def __init__(self, model, machine: Machine, *, grad_clip: float, weight_decay: float):
         self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -2046,10 +2209,23 @@ class Optimizer:
         # 2^16 would overflow in the first steps; the scale grows by itself when it can.
         self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**13, enabled=fp16)
         self.grad_clip = grad_clip
+        self.sharded = any(isinstance(p, DTensor) for p in self.weights.values())
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one pass."""
-        self.scaler.scale(loss).backward()
+        n_averaged = processes()[1] if self.sharded else 1  # FSDP takes the mean; we want the sum
+        self.scaler.scale(loss * n_averaged).backward()
+
+    def add_gradients(self) -> None:
+        """Sum the gradients of all processes; one without a share of the step has none to add."""
+        if self.sharded or processes()[1] == 1:
+            return
+        weights = list(self.weights.values())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        total = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(total)
+        for weight, grad in zip(weights, total.split([p.numel() for p in weights]), strict=True):
+            weight.grad = grad.view_as(weight)
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip, step, clear. Returns (gradient norm, whether the weights moved).
@@ -2058,8 +2234,10 @@ class Optimizer:
         """
         for group in self.adam.param_groups:
             group["lr"] = lr
+        self.add_gradients()  # while they are scaled: then all see one's overflow
         self.scaler.unscale_(self.adam)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.grad_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.grad_clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if math.isfinite(norm):
             self.scaler.step(self.adam)
         self.scaler.update()
@@ -2071,9 +2249,11 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict:
-        """Weights, moments and loss scale, for a checkpoint."""
-        weights = {name: p.detach() for name, p in self.weights.items()}
+        """Weights, moments and loss scale, for a checkpoint; whole, however they are sharded."""
+        weights = {name: whole(p.detach()) for name, p in self.weights.items()}
         adam, scaler = self.adam.state_dict(), self.scaler.state_dict()
+        adam["state"] = {i: {name: whole(value) for name, value in moments.items()}
+                         for i, moments in adam["state"].items()}
         return {"weights": weights, "adam": adam, "scaler": scaler}
 
     @torch.no_grad()
@@ -2084,15 +2264,30 @@ class Optimizer:
         if shapes[0] != shapes[1]:
             raise ValueError("the checkpoint is of another model or another --lora-rank")
         for name, weight in self.weights.items():
-            weight.copy_(state["weights"][name])
-        self.adam.load_state_dict(state["adam"])
+            weight.copy_(cut_as(state["weights"][name], weight))
+        weights, moments = list(self.weights.values()), state["adam"]["state"]
+        cut = {i: {name: cut_as(value, weights[i]) if value.ndim else value  # the step count
+                   for name, value in own.items()} for i, own in moments.items()}
+        self.adam.load_state_dict(state["adam"] | {"state": cut})
         self.scaler.load_state_dict(state["scaler"])
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError where a library says in its own words that memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = r"out of memory|_ALLOC_FAILED|_ALLOCATION_FAILED|can't allocate memory"
+        if isinstance(error, torch.OutOfMemoryError) or not re.search(words, str(error)):
+            raise
+        raise torch.OutOfMemoryError(first_line(error)) from error
 
 
 @dataclass
 class Pass:
     """One forward and backward pass of a step, with what later updates of the batch reuse."""
-    ids: list[str]  # row id of each block
+    ids: list[str]  # row id of each block; none for padding, see pad_passes
     blocks: list[Block]
     advantages: Tensor | None = None  # (N,), as all tensors here: one number a completion token
     weights: Tensor | None = None
@@ -2124,27 +2319,42 @@ class Pass:
             (prompt, [ids for _, (ids,) in half.blocks])]) for half in halves]
 
 
+def pad_passes(job: Job, passes: list[Pass]) -> None:
+    """With sharded weights every process must run as many passes: add some that weigh nothing."""
+    if job.replica is None:
+        return
+    nothing = torch.zeros(1, device=job.machine.device)
+    end = job.end_ids[:1]
+    missing = max(gather(len(passes))) - len(passes)
+    passes += [Pass([], [(end, [end])], nothing, nothing) for _ in range(missing)]
+
+
 def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
                run_pass: Callable[[Pass], dict]) -> Counter:
-    """All forward and backward passes of a step; returns the sums of what run_pass returns.
+    """All forward and backward passes of this process's share of a step.
 
-    Where memory runs out, that pass is halved, in place; a prompt that fails twice in a row is
+    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass is halved, in place; a prompt that fails twice in a row is
     dropped and counted. A backward pass that failed midway has added a part of its gradients, so
     the step then starts again without any. The weights of the tokens stay what they were: the
-    split cannot change the gradient, and a dropped prompt adds none.
+    split cannot change the gradient, and a dropped prompt adds none. Sharded weights allow no
+    second try, as the processes would no longer run as many passes.
     """
     n_dropped = 0
     while True:
-        sums = Counter(dropped=n_dropped)
+        sums = Counter(dropped=n_dropped, passes=sum(bool(part.ids) for part in passes))
         for number in range(len(passes)):
             try:
-                results = run_pass(passes[number])
+                with memory_errors():
+                    results = run_pass(passes[number])
             except torch.OutOfMemoryError:
+                if job.replica is not None:
+                    raise
                 break  # and go on outside, where the tensors of the failed pass are gone
             passes[number].loss = results["loss"]
-            sums.update(results)
+            if passes[number].ids:
+                sums.update(results)
         else:
-            return sums
+            return functools.reduce(lambda a, b: a.update(b) or a, gather(sums), Counter())
         optimizer.clear()
         job.free_memory()
         part = passes[number]
@@ -2161,7 +2371,7 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
 def finish_step(job: Job, passes: list[Pass], sums: Counter, optimizer: Optimizer, lr) -> dict:
     """Move the weights; not by a loss or gradient that is not finite, nor when nothing is left."""
     grad_norm, moved = math.nan, False
-    if passes and math.isfinite(sums["loss"]):
+    if sums["passes"] and math.isfinite(sums["loss"]):
         grad_norm, moved = optimizer.step(lr)
     else:
         optimizer.clear()
@@ -2182,14 +2392,16 @@ def refuse_standstill(job: Job, stage: str, step: int) -> None:
         return
     path = job.out / "nonfinite.jsonl"
     decode = functools.partial(job.tokenizer.decode, skip_special_tokens=False)
-    with evaluate.open_atomic(path) as file:
-        for ago, passes in enumerate(reversed(job.skipped)):
-            guilty = [part for part in passes if not math.isfinite(part.loss)]
-            for part in guilty or passes:  # none: only the gradient overflowed
-                for id, (prompt, answers) in zip(part.ids, part.blocks, strict=True):
-                    row = {"updates_ago": ago, "id": id, "loss": str(part.loss),
-                           "prompt": decode(prompt), "answers": [decode(ids) for ids in answers]}
-                    file.write(json.dumps(row) + "\n")
+    rows = []
+    for ago, passes in enumerate(reversed(job.skipped)):
+        guilty = [part for part in passes if not math.isfinite(part.loss)]
+        for part in guilty or passes:  # none: only the gradient overflowed
+            rows += [{"updates_ago": ago, "id": id, "loss": str(part.loss),
+                      "prompt": decode(prompt), "answers": [decode(ids) for ids in answers]}
+                     for id, (prompt, answers) in zip(part.ids, part.blocks, strict=False)]
+    rows = [row for part in gather(rows) for row in part]
+    if not processes()[0]:
+        evaluate.write_lines(path, rows)
     raise ValueError(f"{stage} step {step}: {len(job.skipped)} optimizer steps in a row had a loss"
                      " or gradient that was not finite, or no memory for any prompt, and moved"
                      f" nothing; their rows are in {path}; the checkpoints are whole")
@@ -2262,18 +2474,20 @@ def train_loop(job: Job, stage: str, n_steps: int,
         optimizer.load(state)
         first, job.best = state["step"], state["best"]
         # Half precision could decide the other way this time, and the run would not be the same.
-        job.shared, job.checked = state["shared"], state["checked"]
-        share_prompts(job.model, job.shared)
+        job.use_shared_prompts(state["shared"])
+        job.checked = state["checked"]
         job.seconds |= state["seconds"]
         print(f"{stage}: goes on after step {first}")
     job.log.rewind(stage, first)
     spent = job.seconds.get(stage, 0.0)
-    bar = tqdm(range(first, n_steps), desc=stage, disable=not sys.stderr.isatty(), initial=first)
+    hidden = bool(processes()[0]) or not sys.stderr.isatty()
+    bar = tqdm(range(first, n_steps), desc=stage, disable=hidden, initial=first)
+    stop = max(gather(job.stop))
     for step in bar:
-        if job.stop:
+        if stop:
             print(f"stopped before {stage} step {step + 1}; to go on, repeat the command with"
                   f" --resume --out {job.out}", flush=True)
-            raise SystemExit(128 + job.stop)
+            raise SystemExit(128 + stop)
         started = time.perf_counter()
         numbers = take_step(optimizer, step)
         spent += time.perf_counter() - started
@@ -2284,7 +2498,8 @@ def train_loop(job: Job, stage: str, n_steps: int,
         if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             keep_best(job, stage, step + 1, n_steps)
         due = cfg.save_every and (last or (step + 1) % cfg.save_every == 0)
-        if due or job.stop:
+        stop = max(gather(job.stop))  # a signal may have reached some processes only
+        if due or stop:
             state = {"run": run_hash(job.record), "step": step + 1, "best": job.best,
                      "shared": job.shared, "checked": job.checked,
                      "seconds": job.seconds | {stage: spent}, **optimizer.state()}
@@ -2335,31 +2550,35 @@ def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimize
     The denominator is the batch's token count, known before the first pass, so that the split into
     passes, their order and their padding cannot change the gradient.
     """
-    cfg, started = job.cfg, time.perf_counter()
+    cfg, device, started = job.cfg, job.machine.device, time.perf_counter()
     chosen = shuffled_batch(len(items), step, cfg.sft_batch, (cfg.seed, 1))
     batch = [items[i] for i in chosen]
     n_tokens = sum(len(item.response) for item in batch)
+    n_read = n_tokens + sum(len(item.prompt) for item in batch)
     job.model.train()
-    prompts, responses = [len(i.prompt) for i in batch], [[len(i.response)] for i in batch]
-    plan = plan_passes(prompts, responses, cfg.max_tokens_per_pass, shared=False)
-    passes = [Pass([batch[b].id for b, _ in chunk],
-                   [(batch[b].prompt, [batch[b].response]) for b, _ in chunk]) for chunk in plan]
+    mine = [batch[i] for i in my_share([len(i.prompt) + len(i.response) for i in batch])]
+    prompts, responses = [len(i.prompt) for i in mine], [[len(i.response)] for i in mine]
+    passes = []
+    for chunk in plan_passes(prompts, responses, cfg.max_tokens_per_pass, shared=False):
+        blocks = [(mine[b].prompt, [mine[b].response]) for b, _ in chunk]
+        weights = torch.full([sum(len(c) for _, (c,) in blocks)], 1 / n_tokens, device=device)
+        passes.append(Pass([mine[b].id for b, _ in chunk], blocks, weights=weights))
+    pad_passes(job, passes)
 
     def run_pass(part: Pass) -> dict:
         """Forward and backward of one pass."""
         with job.machine.autocast():
-            logp, entropies = completion_logprobs(
-                policy, part.blocks, job.machine.device, shared=False)
-        loss = -logp.sum() / n_tokens
+            logp, entropy = completion_logprobs(policy, part.blocks, device, shared=False)
+        loss = -(part.weights * logp).sum()
         optimizer.backward(loss)
-        return {"loss": loss.item(), "entropy": entropies.sum().item() / n_tokens}
+        return {"loss": loss.item(), "entropy": (part.weights * entropy).sum().item()}
 
     sums = run_passes(job, passes, optimizer, run_pass)
     lr = learning_rate(step, n_steps, cfg.sft_lr, cfg.sft_warmup, cfg.sft_schedule)
     numbers = finish_step(job, passes, sums, optimizer, lr)
     seconds = time.perf_counter() - started
     return numbers | {"entropy": sums["entropy"], "completion_tokens": n_tokens / len(batch),
-                      "seconds": seconds, "tokens_per_s": (sum(prompts) + n_tokens) / seconds}
+                      "seconds": seconds, "tokens_per_s": n_read / seconds}
 
 
 def run_sft(job: Job) -> None:
@@ -2368,8 +2587,7 @@ def run_sft(job: Job) -> None:
     cfg = job.cfg
     n_steps = math.ceil(cfg.sft_epochs * len(items) / cfg.sft_batch)
     print(f"sft: {len(items)} rows, {n_steps} steps of {cfg.sft_batch} sequences", flush=True)
-    policy = Policy(job.model)
-    train_loop(job, "sft", n_steps, functools.partial(sft_step, job, policy, items, n_steps))
+    train_loop(job, "sft", n_steps, functools.partial(sft_step, job, job.policy, items, n_steps))
 
 
 # --- GRPO (Eq. 7) ---------------------------------------------------------------------------------
@@ -2427,8 +2645,12 @@ class Reference:
         """With LoRA it is the policy without its adapters; else a frozen copy is kept."""
         self.job, self.policy = job, policy
         if not lora_layers(job.model):
-            frozen = copy.deepcopy(job.model).requires_grad_(False).eval()
+            job.refresh_replica()
+            source = job.model if job.replica is None else job.replica
+            frozen = copy.deepcopy(source).requires_grad_(False).eval()
             self.policy = Policy(frozen.to(job.machine.dtype))
+            if job.replica is not None:
+                shard(self.policy, job.machine.device)
 
     @torch.no_grad()
     def logprobs(self, blocks: Sequence[Block]) -> Tensor:
@@ -2439,12 +2661,17 @@ class Reference:
 
 
 def build_passes(batch: RolloutBatch, advantages: np.ndarray, cfg: Config, shared: bool, device):
-    """Split a rollout batch into passes; every token gets its advantage and its weight (Eq. 7)."""
+    """This process's share of a rollout batch, in passes; whole prompts, balanced by length.
+
+    Every token gets its advantage and its weight in the whole batch (Eq. 7).
+    """
     lengths = [[len(c) for c in row] for row in batch.completions]
     prompts = [len(item.prompt) for item in batch.items]
     n_sequences = sum(map(len, lengths))
+    mine = set(my_share([p + sum(row) for p, row in zip(prompts, lengths, strict=True)]))
+    to_run = [row if b in mine else [] for b, row in enumerate(lengths)]
     passes = []
-    for chunk in plan_passes(prompts, lengths, cfg.max_tokens_per_pass, shared):
+    for chunk in plan_passes(prompts, to_run, cfg.max_tokens_per_pass, shared):
         blocks = [(batch.items[b].prompt, [batch.completions[b][g] for g in gs]) for b, gs in chunk]
         counts = [lengths[b][g] for b, gs in chunk for g in gs]
         per_sequence = [advantages[b, g] for b, gs in chunk for g in gs]
@@ -2495,10 +2722,10 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
         return finish_step(job, [], Counter(dropped=batch.dropped), optimizer, 0.0)
     totals = [[r.total for r in row] for row in batch.rewards]
     advantages = relative_advantages(totals, cfg.advantage_eps)
-    passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
     if job.shared and not job.checked:
-        check_shared_prompt(job, policy, passes)
-        passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
+        check_shared_prompt(job, policy, batch)
+    passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
+    pad_passes(job, passes)
     lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
     n_dropped = batch.dropped
     for update in range(cfg.updates_per_batch):
@@ -2522,21 +2749,22 @@ def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int)
 
 
 @torch.no_grad()
-def check_shared_prompt(job: Job, policy: Policy, passes: list[Pass]) -> None:
-    """Compare packed and separate rows on the first prompt; fall back to rows when they differ."""
-    prompt, completions = passes[0].blocks[0]
-    blocks = [(prompt, completions[:2])]
+def check_shared_prompt(job: Job, policy: Policy, batch: RolloutBatch) -> None:
+    """Compare packed and separate rows on one prompt; fall back to rows when they differ."""
+    b = processes()[0] % len(batch.items)  # each process another prompt
+    blocks = [(batch.items[b].prompt, batch.completions[b][:2])]
     with job.machine.autocast():
         packed, _ = completion_logprobs(policy, blocks, job.machine.device, shared=True)
         share_prompts(job.model, False)
         rows, _ = completion_logprobs(policy, blocks, job.machine.device, shared=False)
-    gap = (packed - rows).abs().mean().item()
+    gaps = gather((packed - rows).abs().mean().item())
     # Half precision rounds every matrix product, and the two paths reduce in different orders.
     tolerance = 1e-4 if job.machine.dtype == torch.float32 else 5e-2
-    job.shared, job.checked = gap <= tolerance, True
-    share_prompts(job.model, job.shared)
+    job.use_shared_prompts(all(gap <= tolerance for gap in gaps))  # NaN is no match
+    job.checked = True
     if not job.shared:
-        print(f"note: packed and separate rows differ by {gap:.2g} a token; prompts are not shared")
+        print(f"note: packed and separate rows differ by {max(gaps):.2g} a token;"
+              " prompts are not shared")
 
 
 def run_grpo(job: Job) -> None:
@@ -2547,9 +2775,8 @@ def run_grpo(job: Job) -> None:
     print(f"grpo: {len(items)} rows, {n_steps} steps of {cfg.prompts_per_step} prompts x"
           f" {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch} update(s) each",
           flush=True)
-    policy = Policy(job.model)
-    reference = Reference(job, policy) if cfg.kl_coef else None
-    step = functools.partial(grpo_step, job, policy, reference, items, n_steps)
+    reference = Reference(job, job.policy) if cfg.kl_coef else None
+    step = functools.partial(grpo_step, job, job.policy, reference, items, n_steps)
     train_loop(job, "grpo", n_steps, step)
 
 
@@ -2578,6 +2805,8 @@ def claim_output(cfg: Config, name: str) -> Path:
 
 def clear_output(cfg: Config, out: Path) -> None:
     """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
+    if (out / "run.json").exists():
+        open_alone(out / "run.json").close()  # not while another process trains there
     if cfg.overwrite and out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -2591,8 +2820,26 @@ FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "e
 def run_hash(record: dict) -> str:
     """Twelve hex digits of what decides a run's result; every checkpoint carries them."""
     config = {k: v for k, v in record.get("config", {}).items() if k not in FREE_TO_CHANGE}
-    parts = [config, record.get("prompt_hash"), list(record.get("data", {}).values())]
+    parts = [config, record.get("prompt_hash"), record.get("base_model"),
+             list(record.get("data", {}).values())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def hash_files(paths: Sequence[str | Path]) -> str:
+    """Sixteen hex digits of the files' contents; about a second for each gigabyte."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def base_model_files(name: str) -> list[Path]:
+    """Weights, configuration and tokenizer of a model's folder, or of a hub name's local copy."""
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+    kinds = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "*.jinja")
+    return sorted(path for kind in kinds for path in folder.glob(kind) if path.is_file())
 
 
 def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
@@ -2600,12 +2847,12 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
 
     Returns what run.json holds.
     """
-    data = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
-            for name in (cfg.data, cfg.eval_data) if name}
     record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
-              "data": data}
+              "data": {name: hash_files([name]) for name in (cfg.data, cfg.eval_data) if name},
+              "base_model": hash_files(base_model_files(cfg.model))}
     path = out / "run.json"
     if cfg.resume:
+        open_alone(path).close()  # before anything there is changed
         before = json.loads(path.read_text(encoding="utf-8"))
         for name, value in before["config"].items():
             now = record["config"].get(name)
@@ -2616,6 +2863,9 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
             raise ValueError(f"the data have changed since {out} was started; start a new --out")
         if before["prompt_hash"] != prompt.hash:
             raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
+        if before["base_model"] != record["base_model"]:
+            raise ValueError(f"the files of {cfg.model} have changed since {out} was started;"
+                             " start a new --out")
         versions = provenance()
         changed = [f"{name} {old} -> {versions.get(name)}"
                    for name, old in before["versions"].items() if old != versions.get(name)]
@@ -2643,7 +2893,10 @@ def fit_context(model, cfg: Config) -> int:
 
 
 def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
-    """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Job."""
+    """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Job.
+
+    Every process that torchrun started calls this with the same arguments.
+    """
     from safetensors import SafetensorError
 
     started = time.perf_counter()
@@ -2652,7 +2905,10 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     machine = pick_machine(cfg.device, cfg.precision)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     sft_done = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
-    model = load_model(str(out / "sft") if sft_done else cfg.model, machine,
+    sharded = cfg.lora_rank == 0 and processes()[1] > 1
+    # In float32 it may be too large for one device: it goes there in parts.
+    where = dataclasses.replace(machine, device=torch.device("cpu")) if sharded else machine
+    model = load_model(str(out / "sft") if sft_done else cfg.model, where,
                        trainable=cfg.lora_rank == 0, trust_remote_code=cfg.trust_remote_code)
     encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
                             max_prompt_tokens=fit_context(model, cfg))
@@ -2660,17 +2916,21 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
     eval_items, eval_counts = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
     counts["shortened held-out"] = eval_counts["shortened"]
     check_run(cfg, out, items, [row.id for row in eval_rows if row.scores is None])
-    record = record_run(cfg, prompt, out)
+    record = on_first(record_run, cfg, prompt, out)
     spare_threads(model)
     why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
     share_prompts(model, not why_not)
     if why_not:
         print(f"note: prompts are run once for each answer: {why_not}")
     job = Job(cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not,
-              record=record)
+              record=record, policy=Policy(model))
     describe_job(job, encoder, counts)
+    if sharded:
+        job.replica = copy.deepcopy(model).to(machine.device, machine.dtype)
+        shard(job.policy, machine.device)
+    alone = contextlib.nullcontext() if processes()[0] else open_alone(out / "run.json")
     try:
-        with stop_on_signals(job):
+        with alone, stop_on_signals(job):
             run_stages(job, sft_done)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
@@ -2679,6 +2939,7 @@ def train(cfg: Config, prompt: Prompt, out: Path) -> Job:
         raise ValueError(f"out of memory outside of a pass ({first_line(error)}); lower"
                          " --max-tokens-per-pass or --cache-gib, use LoRA, or a larger device;"
                          f" then repeat the command with --resume --out {out}") from error
+    gather(None)  # nobody goes on before the first process has written the model
     job.seconds["train"] = time.perf_counter() - started
     print(f"wrote the model to {out} in {clock(job.seconds['train'])}")
     return job
@@ -2697,8 +2958,9 @@ def run_stages(job: Job, sft_done: bool) -> None:
         merge_lora(model)
         save_model(model, job.tokenizer, out / "sft", describe_model(job, "sft", 0))
         # Go on from exactly what was saved, as a resumed run will.
-        for weight in model.parameters():
-            weight.data = weight.data.to(model.stored_dtype).to(weight.dtype)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(weight.to(model.stored_dtype))
     if cfg.stage in ("grpo", "both"):
         set_up_training(model, cfg, job.machine)
         run_grpo(job)
@@ -2728,8 +2990,9 @@ def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_sc
     inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
     if cfg.overwrite and inside:
         raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("training runs on one device: start it with python, not torchrun")
+    if cfg.lora_rank == 0 and cfg.precision == "fp16" and processes()[1] > 1:
+        raise ValueError("full fine-tuning on several processes has no loss scaling for fp16;"
+                         " use --precision bf16")
 
 
 def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
@@ -2738,8 +3001,10 @@ def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
     n_weights = sum(p.numel() for p in model.parameters())
     tokens = [len(item.prompt) for item in job.items]
     kind = f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all parameters"
+    n_processes = processes()[1]
+    together = f" and {n_processes - 1} more" if n_processes > 1 else ""
     print(f"model: {cfg.model}, {type(model).__name__}, {n_weights:,} parameters, training {kind}\n"
-          f"device: {job.machine.device}, matrix products in {job.machine.dtype},"
+          f"device: {job.machine.device}{together}, matrix products in {job.machine.dtype},"
           f" trained weights in float32, prompts shared: {'yes' if job.shared else 'no'}\n"
           f"data: {cfg.data}: {len(job.items)} rows,"
           f" {sum(i.response is not None for i in job.items)} with a response,"
@@ -3292,17 +3557,23 @@ def check_same_task(path: Path, before: dict, now: dict) -> None:
                              f" not {now.get(name)!r}; give the same settings, or --overwrite")
 
 
-def read_journal(path: Path, cfg: Config) -> list[dict]:
-    """The finished lines of an interrupted job; what a killed process left of a line goes."""
-    if cfg.overwrite:
-        path.unlink(missing_ok=True)
-    if not path.exists():
-        return []
-    if not cfg.resume:
-        raise ValueError(f"{path} holds a part of this job: add --resume to go on, or --overwrite")
-    content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
-    return list(evaluate.read_jsonl(path))
+@contextlib.contextmanager
+def open_journal(path: Path, cfg: Config) -> Iterator[list[dict]]:
+    """The finished lines of an interrupted job, for this process alone to continue.
+
+    What a killed process left of a line goes.
+    """
+    with open_alone(path):
+        content = b"" if cfg.overwrite else path.read_bytes()
+        if content and not cfg.resume:
+            raise ValueError(f"{path} holds a part of this job: add --resume to go on, or"
+                             " --overwrite")
+        os.truncate(path, content.rfind(b"\n") + 1)
+        try:
+            yield list(evaluate.read_jsonl(path))
+        finally:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
 
 
 def append_line(path: Path, line: dict) -> None:
@@ -3343,28 +3614,30 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     if number > len(queries):
         raise ValueError(f"--shard {cfg.shard}: there are only {len(queries)} queries")
     queries = queries[number - 1 :: n_parts]
-    batches = read_journal(partial, cfg)
-    for batch in batches:
-        check_same_task(partial, batch["task"], task)
-    for note, n in notes.items():
-        if n:
-            print(f"note: {n} {note}")
-    backend = load_backend(cfg)
-    spare_threads(backend.model)
-    print(describe_job_size(cfg, prompt, queries, backend), flush=True)
-    if batches:
-        print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries", flush=True)
-    started = time.perf_counter()
-    for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True, len(batches)):
-        run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
-        append_line(partial, batches[-1])
-    rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
-    record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
-              "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
-    write_reranked(out, rows, batches, record)
-    partial.unlink()
+    with open_journal(partial, cfg) as batches:
+        for batch in batches:
+            check_same_task(partial, batch["task"], task)
+        for note, n in notes.items():
+            if n:
+                print(f"note: {n} {note}")
+        backend = load_backend(cfg)
+        spare_threads(backend.model)
+        print(describe_job_size(cfg, prompt, queries, backend), flush=True)
+        if batches:
+            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries",
+                  flush=True)
+        started = time.perf_counter()
+        todo = rank_batches(backend, prompt, queries, cfg, True, len(batches))
+        for batch, rankings, counts in todo:
+            run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
+            append_line(partial, batches[-1])
+        rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
+        record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
+                  "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
+        write_reranked(out, rows, batches, record)
+        partial.unlink()
 
 
 def ranked_pairs(query: Candidates, ranking: Ranking) -> list[tuple[str, float]]:
@@ -3470,26 +3743,28 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
     inputs = {key: read_candidates(cfg) for key, cfg in inputs.items()}
     if not all(collection.qrels for _, collection, _ in inputs.values()):
         raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
-    done = {json.dumps(line.get("task")): line for line in read_journal(path, base)}
-    backend = load_backend(base)
-    spare_threads(backend.model)
-    print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
-    for values, cfg in zip(combinations, tasks, strict=True):
-        queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
-        task = describe_task(cfg, prompts[cfg.method], queries)
-        line = done.get(json.dumps(task))
-        if line is None:
-            counts, started = Counter(), time.perf_counter()
-            rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
-            seconds = time.perf_counter() - started
-            run = {q.qid: dict(ranked_pairs(q, r)) for q, r in zip(queries, rankings, strict=True)}
-            line = {name: getattr(cfg, name) for name in PLAN} | values
-            line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
-                     "seconds": round(seconds, 3), **counts, "task": task}
-            append_line(path, line)
-        print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
-              + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls and"
-              f" {line['seconds'] / line['queries']:.2f} s a query", flush=True)
+    with open_journal(path, base) as lines:
+        done = {json.dumps(line.get("task")): line for line in lines}
+        backend = load_backend(base)
+        spare_threads(backend.model)
+        print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
+        for values, cfg in zip(combinations, tasks, strict=True):
+            queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
+            task = describe_task(cfg, prompts[cfg.method], queries)
+            line = done.get(json.dumps(task))
+            if line is None:
+                counts, started = Counter(), time.perf_counter()
+                rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
+                seconds = time.perf_counter() - started
+                run = {q.qid: dict(ranked_pairs(q, r))
+                       for q, r in zip(queries, rankings, strict=True)}
+                line = {name: getattr(cfg, name) for name in PLAN} | values
+                line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
+                         "seconds": round(seconds, 3), **counts, "task": task}
+                append_line(path, line)
+            print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
+                  + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls"
+                  f" and {line['seconds'] / line['queries']:.2f} s a query", flush=True)
 
 
 def describe_counts(counts: Counter) -> str:
@@ -3800,7 +4075,7 @@ def train_demo(given: dict) -> None:
     """
     started = time.perf_counter()
     cfg = Config(**(DEMO_SETTINGS | given))
-    out = claim_output(cfg, "demo")
+    out = on_first(claim_output, cfg, "demo")
     folder, world = out / "demo", DemoWorld(cfg.seed)
     words = {word for word, *_ in world.concepts}
     if cfg.data and not all(words.issuperset(row.query.split()) for row in read_rows(cfg.data)):
@@ -3813,8 +4088,8 @@ def train_demo(given: dict) -> None:
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
     if not cfg.resume:
-        clear_output(cfg, out)
-        write_demo(folder, world, cfg)
+        on_first(clear_output, cfg, out)
+        on_first(write_demo, folder, world, cfg)
     cfg = dataclasses.replace(
         cfg, model=str(folder / "untrained"), data=cfg.data or str(folder / "train.jsonl"),
         eval_data=cfg.eval_data or str(folder / "dev.jsonl"),
@@ -3838,6 +4113,8 @@ def train_demo(given: dict) -> None:
                "seed": cfg.seed}
     if cfg.ablation:
         results["spread"] = {name: round(x, 4) for name, x in spread.items()}
+    if processes()[0]:
+        return
     with evaluate.open_atomic(out / "results.json") as file:
         json.dump(results | {"versions": provenance()}, file, indent=2)
     print_demo_table(results, out)
@@ -3948,6 +4225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         given["docs"] = tuple(given["docs"])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if do_train:
+        join_processes()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("torchrun is for --train; split a reranking with --shard i/n")
     if do_train and not given.get("model"):
         if given.get("method", "groupwise") != "groupwise":
             raise ValueError("--method needs --model: the demo's rows are groupwise")
@@ -3963,7 +4244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                              " --eval-data: GRPO and the evaluation read groupwise answers")
         prompt = METHODS[cfg.method].prompt
         prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else prompt
-        train(cfg, prompt, claim_output(cfg, Path(cfg.model).name))
+        train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
     elif do_merge:
         merge_shards(Config(**given))
     else:
@@ -3981,6 +4262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sweep_collection(given, sweep)
         else:
             rerank_collection(cfg, prompt)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -40,9 +40,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -192,7 +190,7 @@ class AnswerCache:
 
     A line is {"key", "model", "seed"} and the fields of a Completion, written with one system call
     as soon as the answer is there: killing the job at any moment loses none. Lines that cannot be
-    read are named, counted and skipped. One process at a time: two would pay for each answer twice.
+    read are named, counted and skipped.
     """
 
     def __init__(self, path: Path, read_only: bool = False):
@@ -200,11 +198,6 @@ class AnswerCache:
         self.places: dict[str, tuple[int, int]] = {}  # key -> (offset, bytes)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file, line = open(path, "rb" if read_only else "a+b", buffering=0), b"\n"
-        try:  # the kernel drops a killed job's lock
-            fcntl.flock(self.file, fcntl.LOCK_UN if read_only else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process works in {path.parent}: wait until it ends, or take"
-                             " another --out") from None
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
@@ -237,10 +230,6 @@ class AnswerCache:
             return None
         offset, size = self.places[key]
         return json.loads(os.pread(self.file.fileno(), size, offset))["text"]
-
-    def close(self) -> None:
-        """Let other processes work here."""
-        self.file.close()
 
 
 CALLS_PER_BATCH = 32  # of a local model: its answers arrive batch by batch
@@ -1340,19 +1329,21 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     """All nine steps. make_teachers(cfg, cache, ledger) -> {step: Teacher}."""
     if not cfg.out or not cfg.data or not cfg.llm:
         raise ValueError("synthesis needs --data, --out and --llm")
-    answers = Path(cfg.out, "answers.jsonl")
-    given = read_input(cfg)
-    path = answers if answers.exists() or not cfg.dry_run else Path(os.devnull)
-    with contextlib.closing(AnswerCache(path, read_only=cfg.dry_run)) as cache:
+    answers, given = Path(cfg.out, "answers.jsonl"), read_input(cfg)
+    if cfg.dry_run:
+        path = answers if answers.exists() else Path(os.devnull)
+        return take_steps(cfg, AnswerCache(path, read_only=True), make_teachers, *given)
+    with grouprank.open_alone(answers):
         try:
-            return take_steps(cfg, cache, make_teachers, *given)
+            return take_steps(cfg, AnswerCache(answers), make_teachers, *given)
         except KeyboardInterrupt:
             print(f"\nstopped; all answers so far are in {answers}: the same command goes on from"
                   " there", file=sys.stderr)
             raise
 
 
-def take_steps(cfg: Config, cache, make_teachers, corpus, queries, banned, counts) -> Work:
+def take_steps(cfg: Config, cache: AnswerCache, make_teachers, corpus, queries, banned,
+               counts) -> Work:
     """The steps after reading, of the one process that works in the folder."""
     size, excluded = cfg.pool_top + cfg.pool_random, read_excluded_queries(cfg)
     print("\n".join(f"{name}: {n:,}" for name, n in counts.items()))

@@ -451,6 +451,22 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(collection, command, 
         command("--rerank", "o.run", "--resume", "--rounds=2")
 
 
+def test_a_second_process_is_refused_in_one_job(collection, command):
+    class Twice(Scripted):
+        def __call__(self, *arguments, **options):
+            for option in ("--resume", "--overwrite"):
+                with pytest.raises(ValueError, match="another process works on .*o.run.partial"):
+                    grouprank.main([*given, option])
+            return super().__call__(*arguments, **options)
+
+    given = ["--rerank", "--endpoint=http://h/v1", "--model=m", f"--data={collection / 'beir'}",
+             f"--run={collection / 'first.run'}", f"--out={collection / 'o.run'}"]  # fmt: skip
+    command("--rerank", "whole.run")
+    command("--rerank", "o.run", backend=Twice())
+    assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
+    assert not (collection / "o.run.partial").exists()
+
+
 def test_other_candidates_are_another_job(collection, command):
     with pytest.raises(KeyboardInterrupt):
         command("--rerank", "o.run", backend=Dying(collection / "o.run.partial"))

@@ -451,11 +451,9 @@ def test_a_second_process_in_one_folder_is_refused(tmp_path):
     folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=3), tmp_path / "out"
     synthesise(folder, out)
     before = outputs(out)
-    other = synth.AnswerCache(out / "answers.jsonl")
-    with pytest.raises(ValueError, match=f"another process works in {out}"):
+    with grouprank.open_alone(out / "answers.jsonl"), pytest.raises(ValueError, match="another process works on"):
         synthesise(folder, out, beta=0.9, overwrite=True)
     assert outputs(out) == before
-    other.close()
     synthesise(folder, out, beta=0.9, overwrite=True)
     assert outputs(out) != before
 

@@ -281,6 +281,30 @@ def test_a_run_killed_before_it_began_can_be_started_again(cfg, tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_second_process_is_refused_in_the_folder_of_a_run(cfg, whole, tmp_path, monkeypatch):
+    """Resumed, started anew, or told to overwrite; when the first has ended it may go on."""
+    out, refused = tmp_path / "run", pytest.raises(ValueError, match="another process works on .*run.json")
+
+    def twice():
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for more in ({"resume": True}, {"overwrite": True}, {}):
+            with refused:
+                grouprank.train(dataclasses.replace(cfg, **more), PROMPT, out)
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after_step(patch, "sft", 2, twice)
+        grouprank.train(cfg, PROMPT, out)
+    assert resumed(cfg, out) == whole
+
+
+def test_a_folder_of_a_file_system_without_locks_is_used_nevertheless(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    with grouprank.open_alone(tmp_path / "run.json"), grouprank.open_alone(tmp_path / "run.json"):
+        pass
+
+
 def test_rewinding_the_log_loses_no_line_with_an_unusual_line_break(tmp_path):
     log = grouprank.Log(tmp_path)
     rows = [{"id": "r", "text": "a\u2028b\x85c\x0bd"}]
@@ -313,7 +337,7 @@ def memory_for(monkeypatch, n_tokens, backward=False):
 
         def fail(_):
             hook.remove()
-            raise torch.OutOfMemoryError("simulated")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
         hook = weight.register_hook(fail)
         return results
@@ -339,6 +363,18 @@ def grpo_step(cfg, tmp_path):
     job.checked = True
     numbers = grouprank.grpo_step(job, policy, reference, job.items, 10, optimizer, 0)
     return numbers, gradients_of(job)
+
+
+def test_missing_memory_is_known_by_the_words_of_each_library():
+    with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"), grouprank.memory_errors():
+        torch.empty(2**50, dtype=torch.uint8)  # on a CPU too
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                  "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"):  # fmt: skip
+        with pytest.raises(torch.OutOfMemoryError), grouprank.memory_errors():
+            raise RuntimeError(words)
+    with pytest.raises(RuntimeError) as other, grouprank.memory_errors():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert type(other.value) is RuntimeError
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -768,6 +804,7 @@ def test_meta_json_says_what_made_the_model(cfg, tmp_path, monkeypatch):
         assert {"grouprank", "git_commit", "python", "torch", "transformers", "numpy"} == meta["versions"].keys()
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["data"] == meta["data"] and run["command"] == meta["command"]
+    assert len(run["base_model"]) == 16
 
 
 def test_a_resume_with_other_versions_says_so(cfg, tmp_path, monkeypatch, capsys):
@@ -776,6 +813,22 @@ def test_a_resume_with_other_versions_says_so(cfg, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(grouprank, "provenance", lambda: versions)
     resumed(cfg, tmp_path)
     assert f"new since the start: ['torch {torch.__version__} -> 1.0']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_base_model_that_changed_in_place_is_refused(place, tmp_path, name):
+    """LoRA's checkpoints hold the adapter alone: over other weights it would be another model."""
+    base = tmp_path / "base"
+    shutil.copytree(place / "qwen2", base)
+    cfg = settings(place, model=str(base), stage="sft", lora_rank=4)
+    grouprank.train(cfg, PROMPT, tmp_path / "run")
+    before = (base / name).read_bytes()
+    (base / name).write_bytes(before[:-9] + before[-9:].replace(b"}", b" }") if name[0] == "t"
+                              else before[:-1] + bytes([before[-1] ^ 1]))  # fmt: skip
+    with pytest.raises(ValueError, match=rf"the files of {base} have changed since"):
+        grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
+    (base / name).write_bytes(before)
+    grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
 
 
 def test_half_a_surrogate_pair_in_a_row_is_named_before_training():
