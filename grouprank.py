@@ -4490,21 +4490,31 @@ def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> tuple[f
 
 
 def train_demo(given: dict) -> None:
-    """`--train` without --model: write the world, train on it, compare before and after."""
-    if "data" in given or "eval_data" in given:
-        raise ValueError("--data needs --model; without it the demo trains on its own rows")
+    """`--train` without --model: write the world, train on it, compare before and after.
+
+    --data: rows of the same world instead of the demo's own, as `synth.py --demo` writes them.
+    """
     started = time.perf_counter()
     cfg = Config(**(DEMO_SETTINGS | given))
     out = on_first(claim_output, cfg, "demo")
     folder, world = out / "demo", DemoWorld(cfg.seed)
+    words = {word for word, *_ in world.concepts}
+    if cfg.data and not all(words.issuperset(row.query.split()) for row in read_rows(cfg.data)):
+        raise ValueError(f"{cfg.data}: --data needs --model: the demo's model knows only the words"
+                         " of its own world (as in the rows of `python synth.py --demo`)")
+    if inside := files_inside(out, (cfg.data, cfg.eval_data)):
+        raise ValueError(f"{inside[0]} lies in {out}: give another --out")
+    if cfg.data and cfg.ablation:
+        raise ValueError("--ablation is for the embedded demo's own rows; leave --data out")
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
     if not cfg.resume:
         on_first(clear_output, cfg, out)
         on_first(write_demo, folder, world, cfg)
     cfg = dataclasses.replace(
-        cfg, model=str(folder / "untrained"), data=str(folder / "train.jsonl"),
-        eval_data=str(folder / "dev.jsonl"), overwrite=False)  # what was there is gone by now
+        cfg, model=str(folder / "untrained"), data=cfg.data or str(folder / "train.jsonl"),
+        eval_data=cfg.eval_data or str(folder / "dev.jsonl"),
+        overwrite=False)  # what was there is gone by now
     job = train(cfg, prompt, out)
     qrels = evaluate.read_qrels(folder / "qrels" / "test.tsv")
     # One score for all documents, each order of the tie equally likely: the expectation, exactly.

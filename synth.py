@@ -9,7 +9,6 @@ Sections: Config - Asking language models - 1 Read - 2 Queries - 3 Retrieval - 4
 6 Fusion (Eq. 2) - 7 Multi-scale sampling (Algorithm 1) - 8 SFT responses - 9 Write - Retriever -
 Embedded demo - Command line.
 
-Commands:
     python synth.py --demo                                                # no download, simulated
     python synth.py --data BEIR_DIR --out DIR --llm MODEL [--endpoint URL] [--dry-run]
     python synth.py --data corpus.jsonl --generate-queries 1000 --out DIR --llm MODEL
@@ -17,35 +16,34 @@ Commands:
     python synth.py --train-retriever DIR/retriever.jsonl --encoder MODEL --out DIR
 
 Departures from the paper, and choices where it is silent:
-    1. Documents to which the pointwise teacher gives one score share their mean rank in Eq. 2, so
-       that between them the listwise teacher decides, and not the order of the prompt.
+    1. Documents with equal pointwise scores share their mean rank in Eq. 2: between them the
+       listwise teacher decides, and not the order of the prompt.
     2. Eq. 2 gives an order. The labels 0-10 are the pointwise scores of the pool, dealt out again
        in this order: they keep the rubric's meaning, so that scores compare across pools.
     3. Agreement of the teachers is NDCG@10 of the listwise order with the pointwise scores as
-       gains; pools below 0.4 are dropped (the threshold is ReasonRank's).
+       gains; pools below 0.4 (ReasonRank's threshold) are dropped.
     4. Groups are drawn from the pool in first-stage order, as in the authors' sample rows: every
        n-th candidate, or neighbours, around a circle, so that all are drawn equally often.
-       Documents inside a group are shuffled.
     5. A response for SFT is the teacher's own answer, kept only if its scores agree with the fused
        labels. Putting the labels into it would make its reasoning contradict its scores.
-    6. Documents that share no word with the query are not ranked by BM25; random documents of the
-       corpus fill such a pool up.
+    6. BM25 does not rank documents without a word of the query; random ones fill such a pool up.
     7. A teacher's answer counts only if it is right in every detail; otherwise it is asked again,
        and in the end the document (pointwise) or the query (listwise) is dropped and counted.
 
-Retrieval: BM25 is evaluate.BM25 (Lucene variant, k1 0.9, b 0.4, its tokenizer and stop words). With
-an encoder, S = alpha minmax(BM25) + (1 - alpha) minmax(cosine) over all documents that either of
-the two finds; both scores are exact for each of them, none is taken as 0 for being absent.
+Retrieval: BM25 is evaluate.BM25: Lucene variant, k1 0.9, b 0.4, words of letters, digits and _,
+lower-cased and unstemmed, without Lucene's 33 stop words. With an encoder, S = alpha minmax(BM25) +
+(1 - alpha) minmax(cosine) over all documents that either of the two finds; both scores are exact
+for each of them, none is taken as 0 for being absent.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -59,7 +57,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -78,28 +75,24 @@ class Config:
     """Every option of all commands. `source` says where a default comes from."""
     data: str = setting("", "BEIR folder, or a bare corpus.jsonl", "ours", "files")
     queries: str = setting("", "NAME of queries.NAME.jsonl to use instead", "ours", "files")
-    exclude_queries: str = setting("", "JSONL of test queries; they and near-duplicates of them"
-        " must not get into the data", "ours", "files")
+    exclude_queries: str = setting("", "JSONL of test queries to keep out", "ours", "files")
     out: str = setting("", "output folder, or run file (--retrieve)", "ours", "files")
     export: tuple[str, ...] = setting((), "also write these forms: sentence-transformers, tevatron,"
         " ms-swift, trl", "ours", "files")
-    overwrite: bool = setting(False, "replace outputs of other settings; answers that were paid for"
-        " are kept", "ours", "files")
+    overwrite: bool = setting(False, "replace outputs, keep answers", "ours", "files")
     seed: int = setting(0, "seed of every random stream", "ours", "files")
     min_doc_chars: int = setting(40, "shorter documents are dropped", "ours", "files")
 
-    llm: str = setting("", "model folder or hub name; with --endpoint the server's name for it",
-        "ours", "teachers")
-    pointwise_llm: str = setting("", "another pointwise teacher: NAME[@URL]", "ours", "teachers")
-    listwise_llm: str = setting("", "another listwise teacher: NAME[@URL]", "ours", "teachers")
+    llm: str = setting("", "folder, hub name or the server's name for it", "ours", "teachers")
+    pointwise_llm: str = setting("", "another pointwise one: NAME[@URL]", "ours", "teachers")
+    listwise_llm: str = setting("", "another listwise one: NAME[@URL]", "ours", "teachers")
     endpoint: str = setting("", "URL of an OpenAI-compatible server (…/v1)", "ours", "teachers")
     temperature: float = setting(0.6, "of sampling", "ours: the authors' pointwise teacher",
         "teachers")
     top_p: float = setting(0.9, "nucleus mass", "ours: the authors' pointwise teacher", "teachers")
     max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: 8,000", "teachers")
     max_doc_tokens: int = setting(1024, "tokens kept of a document", "ours", "teachers")
-    max_prompt_tokens: int = setting(24000, "tokens of a prompt", "paper Table 10: 24,000",
-        "teachers")
+    max_prompt_tokens: int = setting(24000, "of a prompt", "paper Table 10: 24,000", "teachers")
     retries: int = setting(3, "further tries after an unusable answer", "ours", "teachers")
     concurrency: int = setting(16, "requests in flight at an endpoint", "ours", "teachers")
     timeout_s: float = setting(600.0, "seconds to wait for its answer", "ours", "teachers")
@@ -107,16 +100,15 @@ class Config:
     max_tokens: int = setting(0, "stop after so many prompt and answer tokens", "ours", "teachers")
     dry_run: bool = setting(False, "only print the calls and tokens needed", "ours", "teachers")
 
-    generate_queries: int = setting(0, "documents to ask a query for; 0: given queries", "ours",
-        "queries")
-    near_duplicate: float = setting(0.7, "Jaccard similarity of character 5-grams from which two"
-        " queries count as the same", "ours", "queries")
+    generate_queries: int = setting(0, "documents to ask a query for", "ours", "queries")
+    near_duplicate: float = setting(0.7, "Jaccard similarity of the words' character 5-grams from"
+        " which two queries count as the same", "ours", "queries")
     max_overlap: float = setting(0.5, "largest share of a generated query's words that its source"
         " may contain", "ours", "queries")
     round_trip_rank: int = setting(3, "fused rank that the source must reach", "ours", "queries")
 
     encoder: str = setting("", "dense encoder (any AutoModel) beside BM25", "ours", "retrieval")
-    pooling: str = setting("auto", "auto: as the encoder's folder says, else mean", "ours",
+    pooling: str = setting("auto", "auto: as the encoder's files say, else mean", "ours",
         "retrieval", ("auto", "mean", "cls", "last"))
     query_prefix: str = setting("auto", "text before queries", "ours", "retrieval")
     doc_prefix: str = setting("auto", "text before documents", "ours", "retrieval")
@@ -133,8 +125,7 @@ class Config:
     beta: float = setting(0.5, "weight of the pointwise ranks", "paper Eq. 2: 0.5", "labels")
     equal_sum: bool = setting(False, "record S without weights, as the authors' sample rows do",
         "paper Eq. 2: weighted", "labels")
-    min_agreement: float = setting(0.4, "least NDCG@10 between the teachers", "ours: ReasonRank's",
-        "labels")
+    min_agreement: float = setting(0.4, "teachers' least NDCG@10", "ours: ReasonRank's", "labels")
 
     groups_per_query: int = setting(2, "groups drawn from a pool",
         "paper Sec. 3.2: 25,169 samples of 13.6k queries", "groups")
@@ -144,8 +135,7 @@ class Config:
         "ours: the authors' two rows have one of each", "groups")
     sft_share: float = setting(0.77, "share of training groups that are asked for a response",
         "paper: 19,262 of 25,169", "groups")
-    min_response_ndcg: float = setting(0.8, "least NDCG@10 of responses against the labels", "ours",
-        "groups")
+    min_response_ndcg: float = setting(0.8, "least NDCG@10 to the labels", "ours", "groups")
     dev_share: float = setting(0.05, "share of the queries that are held out", "ours", "groups")
     positive_level: int = setting(5, "label from which a document is a positive", "ours", "groups")
     negative_level: int = setting(2, "label up to which it is a hard negative", "ours", "groups")
@@ -172,15 +162,13 @@ class Config:
                     "contrast_temperature", "concurrency", "max_new_tokens", "round_trip_rank")
         shares = ("near_duplicate", "max_overlap", "alpha", "beta", "min_agreement", "dev_share",
                   "contiguous_share", "sft_share", "min_response_ndcg")
-        for f in dataclasses.fields(self):
-            value, name = getattr(self, f.name), grouprank.flag(f.name)
-            too_small = isinstance(value, (int, float)) and (
-                value < 0 or (f.name in positive and value == 0))
-            if too_small:
-                least = "positive" if f.name in positive else "at least 0"
-                raise ValueError(f"{name} must be {least}, got {value}")
-            if f.name in shares and value > 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        for name, value in vars(self).items():
+            if name in positive and value <= 0:
+                raise ValueError(f"{grouprank.flag(name)} must be positive, got {value}")
+            if name in shares and not 0 <= value <= 1:
+                raise ValueError(f"{grouprank.flag(name)} must be from 0 to 1, got {value}")
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"{grouprank.flag(name)} must be at least 0, got {value}")
         if self.negative_level >= self.positive_level:
             raise ValueError(f"--negative-level {self.negative_level} must be below"
                              f" --positive-level {self.positive_level}")
@@ -200,16 +188,16 @@ FREE_TO_CHANGE = {"out", "export", "overwrite", "concurrency", "timeout_s", "max
 class AnswerCache:
     """Every answer of every model, in a JSONL file that only grows; memory holds offsets.
 
-    A line is {"key", "model", "seed", "text", "truncated", "prompt_tokens", "completion_tokens"},
-    written with one system call as soon as the answer is there, so that killing the job at any
-    moment loses none. Lines that cannot be read are named, counted and skipped.
+    A line is {"key", "model", "seed"} and the fields of a Completion, written with one system call
+    as soon as the answer is there: killing the job at any moment loses none. Lines that cannot be
+    read are named, counted and skipped.
     """
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, read_only: bool = False):
         self.path, self.lock, self.end, self.n_corrupt = path, threading.Lock(), 0, 0
         self.places: dict[str, tuple[int, int]] = {}  # key -> (offset, bytes)
-        self.file, line = open(path, "a+b", buffering=0), b"\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, line = open(path, "rb" if read_only else "a+b", buffering=0), b"\n"
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
@@ -220,24 +208,21 @@ class AnswerCache:
                     self.n_corrupt += 1
                     print(f"note: {path}, line {number} is corrupt and skipped", file=sys.stderr)
                 self.end += len(line)
-        if not line.endswith(b"\n"):  # a kill or a full disk cut the last line
-            self._append(b"\n")
-
-    def _append(self, line: bytes) -> None:
-        try:
-            while line:  # the rest of a write that a full disk cut short raises what the matter is
-                written = self.file.write(line)
-                self.end, line = self.end + written, line[written:]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self.cut = not line.endswith(b"\n")  # a kill or a full disk cut the last line
 
     def add(self, key: str, record: dict) -> None:
         """Append one answer."""
         line = json.dumps({"key": key, **record}, ensure_ascii=False).encode("utf-8", "replace")
         with self.lock:
-            place = (self.end, len(line) + 1)
-            self._append(line + b"\n")
-            self.places[key] = place
+            place, left = (self.end + self.cut, len(line) + 1), b"\n" * self.cut + line + b"\n"
+            self.cut = True
+            try:
+                while left:  # the rest of a write that a full disk cut short says what is wrong
+                    written = self.file.write(left)
+                    self.end, left = self.end + written, left[written:]
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            self.cut, self.places[key] = False, place
 
     def text(self, key: str) -> str | None:
         """The answer that belongs to a key, if there is one."""
@@ -313,9 +298,7 @@ class Teacher:
                   disable=not sys.stderr.isatty()) as progress:
             for attempt in range(self.cfg.retries + 1):
                 left = [i for i, answer in enumerate(answers) if answer is None]
-                tries = [dataclasses.replace(chats[i], seed=(*chats[i].seed, attempt))
-                         for i in left]
-                found = self._try(step, tries, self._temperature(attempt), read, progress)
+                found = self._try(step, [chats[i] for i in left], attempt, read, progress)
                 for i, answer in zip(left, found, strict=True):
                     answers[i] = answer
         n_none, now, seconds = answers.count(None), self.ledger, time.perf_counter() - started
@@ -329,9 +312,16 @@ class Teacher:
               f" {n_none} without a usable answer", flush=True)
         return answers
 
-    def _temperature(self, attempt: int) -> float:
+    def _prepare(self, chat: Chat, attempt: int) -> tuple[Chat, float, str]:
+        """One try at a chat: with its own seed, its temperature, and its key in the cache."""
+        chat = dataclasses.replace(chat, seed=(*chat.seed, attempt))
         # Greedy decoding would repeat its own mistake: a second try always samples.
-        return max(self.cfg.temperature, 0.3 if attempt else 0.0)
+        cfg, temperature = self.cfg, max(self.cfg.temperature, 0.3 if attempt else 0.0)
+        limits = (cfg.max_new_tokens, cfg.max_doc_tokens, cfg.max_prompt_tokens)
+        parts = (self.name, chat.prompt.system, chat.prompt.user, chat.query, chat.texts, chat.seed,
+                 temperature, cfg.top_p, limits)
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        return chat, temperature, key
 
     def _recall(self, chat: Chat, read: Read) -> tuple[object, str] | None:
         """The first usable answer among all tries that the cache has.
@@ -339,29 +329,25 @@ class Teacher:
         All of them, because an earlier try may have failed on its way, which is not cached.
         """
         for attempt in range(self.cfg.retries + 1):
-            tried = dataclasses.replace(chat, seed=(*chat.seed, attempt))
-            key = self._key(tried, self._temperature(attempt))
+            key = self._prepare(chat, attempt)[2]
             text = self.cache.text(key)
             if text is not None and (value := read(text, len(chat.texts))) is not None:
                 return value, key
         return None
 
-    def _try(self, step, chats, temperature, read, progress) -> list:
+    def _try(self, step, chats, attempt: int, read, progress) -> list:
         """One try at each chat, kept as they arrive; a try that the cache has was unusable."""
-        keys = [self._key(chat, temperature) for chat in chats]
-        found: list[tuple[object, str] | None] = [None] * len(chats)
-        missing = [i for i, key in enumerate(keys) if key not in self.cache.places]
+        tries = [self._prepare(chat, attempt) for chat in chats]
+        found: list[tuple[object, str] | None] = [None] * len(tries)
+        missing = [i for i, (_, _, key) in enumerate(tries) if key not in self.cache.places]
 
         def call(places: Sequence[int]) -> None:
             """Ask a few chats, and keep each answer at once."""
             places = [i for i in places if self.ledger.may_call()]
-            asked = [chats[i] for i in places]
-            if isinstance(self.backend, Endpoint):
-                completions = [self.backend([c], temperature, self.cfg.top_p)[0] for c in asked]
-            else:
-                completions = self.backend(asked, temperature, self.cfg.top_p)
-            for i, completion in zip(places, completions, strict=True):
-                found[i] = self._record(step, chats[i], keys[i], completion, read)
+            asked = [tries[i][0] for i in places]
+            completions = self.backend(asked, tries[0][1], self.cfg.top_p)
+            for i, chat, completion in zip(places, asked, completions, strict=True):
+                found[i] = self._keep(step, chat, tries[i][2], completion, read)
                 progress.update(found[i] is not None)
                 spent = self.ledger.prompt_tokens + self.ledger.answer_tokens
                 progress.set_postfix_str(f"{spent:,} tokens", refresh=False)
@@ -374,6 +360,9 @@ class Teacher:
             for start in range(0, len(missing), 10_000):
                 part = missing[start : start + 10_000]
                 list(pool.map(call, (part[i : i + size] for i in range(0, len(part), size))))
+        except KeyboardInterrupt:
+            print("\nwaiting for the answers on their way", file=sys.stderr, flush=True)
+            raise
         finally:  # what is in flight has been paid for: wait for it, start no more
             pool.shutdown(wait=True, cancel_futures=True)
         if missing and not self.tallies[step][0] and not self.ledger.stop:
@@ -382,54 +371,38 @@ class Teacher:
             raise ValueError(self.ledger.stop)
         return found
 
-    def _key(self, chat: Chat, temperature: float) -> str:
-        """Model, prompt, settings and seed of a call, as 32 hex digits."""
-        cfg = self.cfg
-        limits = (cfg.max_new_tokens, cfg.max_doc_tokens, cfg.max_prompt_tokens)
-        parts = (self.name, chat.prompt.system, chat.prompt.user, chat.query, chat.texts, chat.seed,
-                 temperature, cfg.top_p, limits)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-    def _record(self, step, chat, key, completion: Completion, read) -> tuple[object, str] | None:
-        """Keep an answer at once, or log why there is none; then read it."""
+    def _keep(self, step, chat, key, completion: Completion, read) -> tuple[object, str] | None:
+        """Keep an answer at once and read it; log it where there is none or it is unusable."""
         self.ledger.note(self.name, completion)
-        record, answer = {"model": self.name, "seed": chat.seed}, None
-        for name in ("text", "truncated", "prompt_tokens", "completion_tokens"):
-            record[name] = getattr(completion, name)
+        record, value = {"model": self.name, "seed": chat.seed, **vars(completion)}, None
         if not completion.error:
             if not self.cfg.dry_run:
                 self.cache.add(key, record)
-            answer = self._judge(step, chat, key, completion.text, read)
-        if answer is None:
-            line = {"step": step, **record, "error": completion.error or "unusable"}
-            with self.ledger.lock, open(self.failures, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return answer
+            value = read(completion.text, len(chat.texts))
+            self._count(step, completion.text, value is not None)
+        if value is not None:
+            return value, key
+        line = {"step": step, **record, "error": completion.error or "unusable"}
+        with self.ledger.lock, open(self.failures, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return None
 
-    def _judge(self, step, chat, key, text, read) -> tuple[object, str] | None:
-        """Read an answer; stop the job when it is plain that this model cannot do this step."""
-        value = read(text, len(chat.texts))
+    def _count(self, step: str, text: str, usable: bool) -> None:
+        """Stop the job when it is plain that this model cannot do this step."""
         with self.ledger.lock:
             tally = self.tallies[step]
             tally[0] += 1
-            tally[1] += value is not None
-            if value is None and len(tally[2]) < 3:
+            tally[1] += usable
+            if not usable and len(tally[2]) < 3:
                 tally[2].append(text)
             if tally[0] >= FIRST_ANSWERS and tally[1] < LEAST_USABLE * tally[0]:
                 self.ledger.stop = self.ledger.stop or self._complaint(step)
-        return None if value is None else (value, key)
 
     def _complaint(self, step: str) -> str:
         n_answers, n_usable, samples = self.tallies[step]
         shown = "; ".join(f"({i}) {text[:300]!r}" for i, text in enumerate(samples, 1))
         return (f"{self.name} does not answer in the form that the {step} prompt asks for:"
                 f" {n_usable} of {n_answers} answers were usable. Three of them: {shown}")
-
-    def doc_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of documents as they are cut; for a server, four characters are taken as one."""
-        encoder = getattr(self.backend, "encoder", None)
-        lengths = map(len, encoder.text_ids(texts)) if encoder else (len(t) // 4 for t in texts)
-        return [min(length, self.cfg.max_doc_tokens) + 6 for length in lengths]
 
 
 def rehearse(chats: Sequence[Chat], temperature, top_p, *, cfg: Config) -> list[Completion]:
@@ -529,10 +502,10 @@ def read_corpus(path: Path, min_chars: int) -> tuple[dict[str, str], dict[str, s
         if not all(isinstance(value, str) for value in (doc, title, text)) or not doc:
             raise ValueError(f"{path}, document {counts['documents read']}: needs the keys _id and"
                              " text, both strings")
-        text = "\n".join(part for part in (title.strip(), text.strip()) if part)
-        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
         if doc in corpus or doc in twins:
             raise ValueError(f"{path}: id {doc!r} appears twice; remove one")
+        text = "\n".join(part for part in (title.strip(), text.strip()) if part)
+        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
         if len(text) < min_chars:
             counts["documents dropped: too short"] += 1
         elif digest in seen:
@@ -549,12 +522,8 @@ def read_corpus(path: Path, min_chars: int) -> tuple[dict[str, str], dict[str, s
 
 def read_input(cfg: Config) -> tuple[dict, dict, dict, Counter]:
     """(corpus, given queries, excluded documents, counts) of a BEIR folder or a corpus file."""
-    path = Path(cfg.data)
-    folder = path if path.is_dir() else path.parent
-    corpus_path = path / "corpus.jsonl" if path.is_dir() else path
-    if not corpus_path.is_file():
-        raise ValueError(f"--data {cfg.data}: {corpus_path} is missing")
-    queries, excluded = {}, {}
+    path = Path(cfg.data, "corpus.jsonl") if Path(cfg.data).is_dir() else Path(cfg.data)
+    folder, queries, excluded = path.parent, {}, {}
     if not cfg.generate_queries:
         texts = folder / (f"queries.{cfg.queries}.jsonl" if cfg.queries else "queries.jsonl")
         if not texts.is_file():
@@ -562,7 +531,7 @@ def read_input(cfg: Config) -> tuple[dict, dict, dict, Counter]:
         queries = evaluate.read_texts(texts)
         if (folder / "excluded.tsv").exists():
             excluded = evaluate.read_excluded(folder / "excluded.tsv")
-    corpus, twins, counts = read_corpus(corpus_path, cfg.min_doc_chars)
+    corpus, twins, counts = read_corpus(path, cfg.min_doc_chars)
     # What is excluded under one id must not come back under another.
     excluded = {qid: docs | {twins[doc] for doc in docs & twins.keys()}
                 for qid, docs in excluded.items()}
@@ -618,8 +587,6 @@ QUERY_LEVELS = {
     "one step": "one inference leads from the query to the document",
     "two steps": "two inferences lead from the query to the document",
     "expert": "only somebody who knows the field would see that the document helps"}
-
-
 QUERY_CHARS = (12, 1200)  # a generated query outside of this is dropped
 
 
@@ -631,53 +598,37 @@ def read_query(text: str, n_docs: int = 1) -> str | None:
 
 
 def shingles(text: str, n: int = 5) -> frozenset[str]:
-    """The character n-grams of a text's lower-cased words."""
-    words = " ".join(evaluate.WORD.findall(text.lower()))
-    return frozenset(words[i : i + n] for i in range(max(len(words) - n + 1, 1)))
-
-
-def jaccard(a: frozenset, b: frozenset) -> float:
-    """|a and b| / |a or b|: 1 for equal sets, 0 for disjoint ones."""
-    return len(a & b) / len(a | b) if a or b else 1.0
+    """The character n-grams of each lower-cased word, spaces around it; whatever their order."""
+    words = [f" {word} " for word in evaluate.WORD.findall(text.lower())]
+    return frozenset(word[i : i + n] for word in words for i in range(max(len(word) - n + 1, 1)))
 
 
 class NearDuplicates:
-    """Finds texts whose shingles have a Jaccard similarity of at least `threshold` (MinHash).
+    """Finds texts whose shingles have a Jaccard similarity of at least `threshold`, exactly.
 
-    64 hash minima propose candidates, in bands of as many (up to four) as still find about 99 % of
-    the pairs at the threshold: 1 - (1 - threshold^rows)^bands. Where single minima find fewer,
-    every text is a candidate. The similarity of a candidate is then computed exactly.
+    |a and b| / |a or b| >= t needs |a and b| >= t |a|: of any more than (1 - t) |a| shingles of a,
+    b has one. The rarest propose the candidates, so that few texts are compared.
     """
 
     def __init__(self, threshold: float):
-        rng = np.random.default_rng(0)
-        self.threshold, self.bands, self.texts = threshold, {}, {}
-        self.rows = next((rows for rows in (4, 3, 2, 1)
-                          if 1 - (1 - threshold**rows) ** (64 // rows) > 0.985), 0)
-        self.factors, self.offsets = rng.integers(1, 2**31 - 1, (2, 64, 1), dtype=np.uint64)
-
-    def _bands(self, grams) -> list[tuple]:
-        if not self.rows:
-            return [()]  # one band that all texts share
-        codes = np.array([zlib.crc32(gram.encode("utf-8", "replace")) >> 1 for gram in grams],
-                         dtype=np.uint64)
-        minima = ((self.factors * codes + self.offsets) % (2**31 - 1)).min(axis=1)
-        return [(i, *minima[i : i + self.rows].tolist())
-                for i in range(0, 65 - self.rows, self.rows)]
+        self.threshold = threshold
+        self.texts: dict[str, frozenset[str]] = {}  # id -> shingles
+        self.index: dict[str, list[str]] = {}  # shingle -> ids of the texts that have it
 
     def find(self, text: str) -> str | None:
         """The id of a text that was added and is nearly this one, the most similar first."""
         grams = shingles(text)
-        near = {id for band in self._bands(grams) for id in self.bands.get(band, ())}
-        scored = [(-jaccard(grams, self.texts[id]), id) for id in near]
-        best = min(scored, default=(0.0, None))
+        lists = sorted((self.index.get(gram, []) for gram in grams), key=len)
+        near = set().union(*lists[: len(grams) - int(self.threshold * len(grams)) + 1])
+        best = min(((-len(grams & self.texts[id]) / len(grams | self.texts[id]), id)
+                    for id in near), default=(0.0, None))
         return best[1] if -best[0] >= self.threshold else None
 
     def add(self, id: str, text: str) -> None:
         """Remember a text."""
         self.texts[id] = shingles(text)
-        for band in self._bands(self.texts[id]):
-            self.bands.setdefault(band, []).append(id)
+        for gram in self.texts[id]:
+            self.index.setdefault(gram, []).append(id)
 
 
 def word_overlap(query: str, document: str) -> float:
@@ -694,16 +645,6 @@ def read_excluded_queries(cfg: Config) -> NearDuplicates:
         for qid, text in evaluate.read_texts(cfg.exclude_queries).items():
             index.add(qid, text)
     return index
-
-
-def check_leaks(topics: Sequence[Topic], excluded: NearDuplicates) -> None:
-    """ValueError, with their names, if queries are (nearly) among the excluded ones."""
-    leaks = [(topic.qid, near) for topic in topics if (near := excluded.find(topic.text))]
-    if leaks:
-        named = ", ".join(f"{qid!r} is nearly the excluded {near!r}" for qid, near in leaks[:10])
-        more = f" and {len(leaks) - 10} more" if len(leaks) > 10 else ""
-        raise ValueError(f"test queries would leak into the data: {named}{more};"
-                         " take them out of the queries")
 
 
 def generate_queries(work: Work, excluded: NearDuplicates) -> list[Topic]:
@@ -746,15 +687,20 @@ def query_fault(topic: Topic, work: Work, kept: NearDuplicates, excluded: NearDu
 
 def given_queries(work: Work, queries: dict[str, str], excluded: NearDuplicates) -> list[Topic]:
     """The queries that came with the corpus; of equal texts the first stays. Stops at leaks."""
-    topics, seen = [], set()
+    topics, seen, leaks = [], set(), []
     for qid, text in sorted(queries.items()):
         topic = Topic(qid, text)
+        if near := excluded.find(text):
+            leaks.append(f"{qid!r} is nearly the excluded {near!r}")
         if text in seen:
             work.drop(topic, "exact duplicate")
         else:
             seen.add(text)
             topics.append(topic)
-    check_leaks(topics, excluded)
+    if leaks:
+        more = f" and {len(leaks) - 10} more" if len(leaks) > 10 else ""
+        raise ValueError(f"test queries would leak into the data: {', '.join(leaks[:10])}{more};"
+                         " take them out of the queries")
     return topics
 
 
@@ -778,7 +724,7 @@ def reciprocal_rank_fusion(runs: Sequence[Sequence[str]], k: int = 60) -> dict[s
 class Encoder:
     """Texts as unit vectors, by any AutoModel. Pooling: mean, first (cls) or last token.
 
-    A folder in sentence-transformers' form says for itself how to pool and which texts go in front.
+    Files for sentence-transformers beside the model say how to pool and what goes before a text.
     """
 
     def __init__(self, path: str, cfg: Config, dtype=None):
@@ -796,14 +742,21 @@ class Encoder:
         self.model = self.model.to(self.machine.device).eval()
         self.tokenizer.padding_side = "right"  # pooling counts on it
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        says = read_encoder_folder(Path(path))
-        self.pooling = says.get("pooling", "mean") if cfg.pooling == "auto" else cfg.pooling
-        given = {"query": cfg.query_prefix, "document": cfg.doc_prefix}
-        self.prefixes = {kind: says.get(kind, "") if text == "auto" else text
-                         for kind, text in given.items()}
-        context = getattr(self.model.config, "max_position_embeddings", None) or cfg.max_doc_tokens
-        self.max_tokens = min(cfg.max_doc_tokens, context, self.tokenizer.model_max_length)
-        self.batch = cfg.chunk
+        given = {"pooling": cfg.pooling, "query prefix": cfg.query_prefix,
+                 "document prefix": cfg.doc_prefix}
+        says = read_encoder_files(path) | {k: v for k, v in given.items() if v != "auto"}
+        self.pooling = says.get("pooling", "mean")
+        self.prefixes = {kind: says.get(f"{kind} prefix", "") for kind in ("query", "document")}
+        if self.pooling not in ("mean", "cls", "last"):
+            raise ValueError(f"--encoder {path}: its pooling is {self.pooling}, which is not"
+                             " implemented; --pooling replaces it, with other vectors")
+        if unsaid := [name for name in given if name not in says]:
+            print(f"note: no file of {path} names its {', '.join(unsaid)}:"
+                  f" {self.pooling} pooling, {self.prefixes['query']!r} before queries,"
+                  f" {self.prefixes['document']!r} before documents")
+        limits = (cfg.max_doc_tokens, self.tokenizer.model_max_length, says.get("max_tokens"),
+                  getattr(self.model.config, "max_position_embeddings", None))
+        self.max_tokens, self.batch = min(filter(None, limits)), cfg.chunk
 
     def vectors(self, texts: Sequence[str], kind: str) -> Tensor:
         """Unit vectors of a few texts in float32, (len(texts), width); gradients flow."""
@@ -813,12 +766,9 @@ class Encoder:
         mask = tokens["attention_mask"]  # (B, T)
         with self.machine.autocast():
             states = self.model(input_ids=tokens["input_ids"], attention_mask=mask)[0].float()
-        if self.pooling == "cls":
-            pooled = states[:, 0]
-        elif self.pooling == "last":
-            pooled = states[torch.arange(len(texts)), mask.sum(1) - 1]
-        else:
-            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        pooled = (states[:, 0] if self.pooling == "cls" else
+                  states[torch.arange(len(texts)), mask.sum(1) - 1] if self.pooling == "last" else
+                  (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.normalize(pooled, dim=-1)
 
     @torch.no_grad()
@@ -830,24 +780,43 @@ class Encoder:
         result = None
         for batch in tqdm(batches, desc=f"encode {kind}", disable=not sys.stderr.isatty()):
             vectors = self.vectors([texts[i] for i in batch], kind).cpu()
-            if result is None:
+            if result is None:  # filled in place: a large corpus is in memory once
                 result = torch.empty(len(texts), vectors.shape[1])
             result[batch] = vectors
         return result
 
 
-def read_encoder_folder(folder: Path) -> dict[str, str]:
-    """What a sentence-transformers folder says: {"pooling", "query" and "document" prefixes}."""
-    says = {}
-    if (pooling := folder / "1_Pooling" / "config.json").is_file():
-        config = json.loads(pooling.read_text("utf-8"))
-        on = {key for key, value in config.items() if value is True} | {config.get("pooling_mode")}
-        says["pooling"] = ("cls" if on & {"pooling_mode_cls_token", "cls"} else
-                           "last" if on & {"pooling_mode_lasttoken", "lasttoken"} else "mean")
-    if (prompts := folder / "config_sentence_transformers.json").is_file():
-        found = json.loads(prompts.read_text("utf-8")).get("prompts") or {}
-        says["query"] = found.get("query") or ""
-        says["document"] = found.get("document") or found.get("passage") or ""
+def read_encoder_files(path: str) -> dict:
+    """What the files for sentence-transformers of a folder or hub repository say of an encoder.
+
+    {"pooling", "max_tokens", "query prefix", "document prefix"}, as far as they say it. ValueError
+    where the vectors go through a module that is not implemented.
+    """
+    def read(name: str):
+        """The content of a JSON file, None if there is none of this name."""
+        found = transformers.utils.cached_file(path, name,
+                                               _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(found).read_text("utf-8")) if found else None
+
+    says, modules = {}, {module["type"].rpartition(".")[2]: module["path"]
+                         for module in read("modules.json") or []}
+    if other := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise ValueError(f"--encoder {path}: its modules.json has the module {min(other)}, which is"
+                         " not implemented; only Transformer, Pooling and Normalize are")
+    if "Pooling" in modules:
+        config = read(f"{modules['Pooling']}/config.json")
+        modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if on is True
+                 and key.startswith("pooling_mode_")] or [str(config.get("pooling_mode"))]
+        without = "" if config.get("include_prompt", True) else " without the prefix"
+        names = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+        says["pooling"] = " + ".join(names.get(mode, mode) for mode in modes) + without
+    says["max_tokens"] = (read("sentence_bert_config.json") or {}).get("max_seq_length")
+    config = read("config_sentence_transformers.json") or {}
+    if prompts := config.get("prompts"):
+        default = prompts.get(config.get("default_prompt_name"), "")
+        says["query prefix"] = prompts.get("query", default)
+        names = [name for name in ("document", "passage", "corpus") if name in prompts]
+        says["document prefix"] = prompts[names[0]] if names else default
     return says
 
 
@@ -871,10 +840,8 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
     """First-stage candidates of every query: {qid: [(docid, score), ...]}, best first, top_k each.
 
     corpus and queries map ids to texts; excluded maps a query to the documents it must not get.
-    With BM25 alone, a document that shares no word with a query scores 0 and can still fill the end
-    of its list (`run_retrieve` writes none of these). With an encoder, both searches name their
-    top_k (BM25 those with a score above 0), and all of these are fused; no query's scores depend on
-    another's exclusions.
+    BM25 names its top_k that share a word with the query, the encoder its top_k, and all of these
+    are fused. No query's scores depend on another's exclusions.
     """
     ids, index = list(corpus), evaluate.BM25(corpus.values())
     depth = top_k + max(map(len, excluded.values()), default=0)
@@ -887,23 +854,19 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, *, alpha=0.5, fusio
     for row, (qid, query) in enumerate(searched):
         banned = excluded.get(qid, ())
         pairs = zip(*(part.tolist() for part in index.search(query, depth)), strict=True)
-        found = [(i, s) for i, s in pairs if ids[i] not in banned and (s > 0 or not encoder)]
-        found = found[:top_k]
-        ranked = [(ids[i], s) for i, s in found]
+        found = [(i, s) for i, s in pairs if s > 0 and ids[i] not in banned][:top_k]
         if encoder:
             near = [i for i in nearest[row].tolist() if ids[i] not in banned][:top_k]
             if fusion == "rrf":
-                named = [[ids[i] for i in part] for part in ([i for i, _ in found], near)]
-                fused = reciprocal_rank_fusion(named)
+                fused = reciprocal_rank_fusion([[i for i, _ in found], near])
             else:
-                lexical = index.scores(query)
                 both = sorted({i for i, _ in found} | set(near))
-                cosines = docs[both] @ vectors[row]
-                parts = [evaluate.minmax(values.tolist()) for values in (lexical[both], cosines)]
-                named = [dict(zip((ids[i] for i in both), part, strict=True)) for part in parts]
-                fused = interpolate(*named, alpha)
-            ranked = sorted(fused.items(), key=lambda pair: -pair[1])[:top_k]
-        run[qid] = ranked
+                scores = (index.scores(query)[both], docs[both] @ vectors[row])
+                parts = [dict(zip(both, evaluate.minmax(part.tolist()), strict=True))
+                         for part in scores]
+                fused = interpolate(*parts, alpha)
+            found = sorted(fused.items(), key=lambda pair: -pair[1])[:top_k]
+        run[qid] = [(ids[i], s) for i, s in found]
     return run
 
 
@@ -927,7 +890,7 @@ def fill_pools(work: Work, topics: Sequence[Topic], encoder=None) -> None:
     for topic in topics:
         rng = work.rng("pool", topic.qid)
         banned = work.excluded.get(topic.qid, set())
-        ranked = [doc for doc, score in run[topic.qid] if score > 0]
+        ranked = [doc for doc, _ in run[topic.qid]]
         rank_of = {doc: rank for rank, doc in enumerate(ranked, 1)}
         pool = draw_pool(ranked, cfg.pool_top, cfg.pool_random, cfg.pool_depth, rng)
         topic.source_rank = rank_of.get(topic.source)
@@ -945,16 +908,10 @@ def fill_pools(work: Work, topics: Sequence[Topic], encoder=None) -> None:
 # --- 5 Teachers -----------------------------------------------------------------------------------
 
 
-def read_rating(text: str, n_docs: int) -> int | None:
-    """The pointwise score of an answer that is right in every detail."""
-    answer = METHODS["pointwise"].parse(text, n_docs)
-    return answer.scores[0] if answer.status == "ok" else None
-
-
-def read_order(text: str, n_docs: int) -> list[int] | None:
-    """The positions that a right listwise answer names, the best first."""
-    answer = METHODS["listwise"].parse(text, n_docs)
-    return sorted(range(n_docs), key=lambda i: -answer.scores[i]) if answer.status == "ok" else None
+def read_scores(method: str, text: str, n_docs: int) -> list[int] | None:
+    """The scores of an answer that is right in every detail (listwise: the higher, the better)."""
+    answer = METHODS[method].parse(text, n_docs)
+    return answer.scores if answer.status == "ok" else None
 
 
 def rate_pools(work: Work, topics: Sequence[Topic]) -> list[Topic]:
@@ -962,32 +919,21 @@ def rate_pools(work: Work, topics: Sequence[Topic]) -> list[Topic]:
     prompt, seed = METHODS["pointwise"].prompt, work.cfg.seed
     chats = [Chat(prompt, t.text, (work.corpus[doc],), (seed, "pointwise", t.qid, doc))
              for t in topics for doc in t.pool]
-    answers = iter(work.teachers["pointwise"].ask("pointwise", chats, read_rating))
+    answers = iter(work.teachers["pointwise"].ask("pointwise", chats,
+                                               functools.partial(read_scores, "pointwise")))
     kept = []
     for topic in topics:
         rated = [(doc, rank, answer) for doc, rank in zip(topic.pool, topic.ranks, strict=True)
                  if (answer := next(answers))]
         work.counts["documents without a pointwise score"] += len(topic.pool) - len(rated)
         topic.pool, topic.ranks = [doc for doc, _, _ in rated], [rank for _, rank, _ in rated]
-        topic.pointwise = [score for _, _, (score, _) in rated]
+        topic.pointwise = [score for _, _, ((score,), _) in rated]
         topic.keys["pointwise"] = [key for _, _, (_, key) in rated]
         if len(set(topic.pointwise)) < 2:
             work.drop(topic, "one pointwise score for all documents")
         else:
             kept.append(topic)
     return kept
-
-
-def plan_windows(n_docs: int, window: int) -> list[tuple[int, int]]:
-    """(start, end) of the listwise prompts of a pool, from its end to its head, sliding by half.
-
-    >>> plan_windows(10, 4)
-    [(6, 10), (4, 8), (2, 6), (0, 4)]
-    """
-    if window >= n_docs:
-        return [(0, n_docs)]
-    ends = [*range(n_docs, window, -max(window // 2, 1)), window]
-    return [(end - window, end) for end in ends]
 
 
 def fitting_window(teacher: Teacher, query: str, texts: Sequence[str], cfg: Config) -> int:
@@ -997,7 +943,9 @@ def fitting_window(teacher: Teacher, query: str, texts: Sequence[str], cfg: Conf
     prompt, encoder = METHODS["listwise"].prompt, getattr(teacher.backend, "encoder", None)
     limit = min(cfg.max_prompt_tokens, getattr(encoder, "max_prompt_tokens", math.inf))
     room = limit - (len(prompt.system + prompt.user) + len(query)) // 3  # a safe guess of tokens
-    sizes = teacher.doc_tokens(texts)
+    # A server tokenises for itself: four characters are taken as a token. 6: the document's number.
+    lengths = map(len, encoder.text_ids(texts)) if encoder else (len(t) // 4 for t in texts)
+    sizes = [min(length, cfg.max_doc_tokens) + 6 for length in lengths]
     return len(texts) if sum(sizes) <= room else max(room // max(sizes), 2)
 
 
@@ -1010,7 +958,8 @@ def order_pools(work: Work, topics: Sequence[Topic]) -> list[Topic]:
     orders, plans = {}, {}
     for t in topics:
         texts = [work.corpus[doc] for doc in t.pool]
-        plans[t.qid] = plan_windows(len(texts), fitting_window(teacher, t.text, texts, cfg))
+        window = fitting_window(teacher, t.text, texts, cfg)
+        plans[t.qid] = grouprank.window_places(len(texts), window, max(window // 2, 1))
         orders[t.qid] = list(range(len(texts)))
         if len(plans[t.qid]) == 1:
             work.rng("listwise", t.qid).shuffle(orders[t.qid])
@@ -1021,14 +970,14 @@ def order_pools(work: Work, topics: Sequence[Topic]) -> list[Topic]:
         chats = [Chat(prompt, t.text, tuple(work.corpus[t.pool[i]] for i in orders[t.qid][a:b]),
                       (cfg.seed, "listwise", t.qid, step))
                  for t, (a, b) in zip(asked, spans, strict=True)]
-        answers = teacher.ask("listwise", chats, read_order)
+        answers = teacher.ask("listwise", chats, functools.partial(read_scores, "listwise"))
         for t, (a, b), answer in zip(asked, spans, answers, strict=True):
             if answer is None:
                 work.drop(t, "no listwise order")
                 del orders[t.qid]
                 continue
-            shown = orders[t.qid][a:b]
-            orders[t.qid][a:b] = [shown[i] for i in answer[0]]
+            by_score = sorted(zip(answer[0], orders[t.qid][a:b], strict=True), reverse=True)
+            orders[t.qid][a:b] = [i for _, i in by_score]
             t.keys["listwise"].append(answer[1])
     kept = [t for t in topics if t.qid in orders]
     for t in kept:
@@ -1201,26 +1150,23 @@ def draw_samples(work: Work, topics: Sequence[Topic]) -> list[Sample]:
 # --- 8 SFT responses ------------------------------------------------------------------------------
 
 
-def read_response(text: str, n_docs: int) -> str | None:
-    """A groupwise answer that is right in every detail."""
-    return text if METHODS["groupwise"].parse(text, n_docs).status == "ok" else None
-
-
 def add_responses(work: Work, samples: Sequence[Sample]) -> None:
-    """Ask the teacher for groupwise answers to a share of the training groups; keep those whose
-    own scores agree with the labels, so that what is reasoned and what is scored match."""
+    """Groupwise answers of the teacher for a share of the training groups, kept where their own
+    scores agree with the labels, so that what is reasoned and what is scored match."""
     cfg, corpus = work.cfg, work.corpus
     asked = [s for s in samples
              if not s.dev and work.rng("sft", s.id).random() < cfg.sft_share]
     chats = [Chat(METHODS["groupwise"].prompt, s.topic.text,
                   tuple(corpus[s.topic.pool[i]] for i in s.docs), (cfg.seed, "groupwise", s.id))
              for s in asked]
-    answers = work.teachers["groupwise"].ask("groupwise", chats, read_response)
+    answers = work.teachers["groupwise"].ask("groupwise", chats,
+                                             functools.partial(read_scores, "groupwise"))
     for sample, answer in zip(asked, answers, strict=True):
         labels = [sample.topic.labels[i] for i in sample.docs]
         if answer is None:
             work.counts["responses dropped: no answer in the right form"] += 1
-        elif grouprank.score_completion(answer[0], labels).ndcg < cfg.min_response_ndcg:
+        elif (evaluate.ndcg(evaluate.tie_averaged(answer[0], labels), labels)
+              < cfg.min_response_ndcg):
             work.counts["responses dropped: scores disagree with the labels"] += 1
         else:
             sample.response = answer[1]
@@ -1231,15 +1177,19 @@ def add_responses(work: Work, samples: Sequence[Sample]) -> None:
 
 def reranker_row(work: Work, sample: Sample) -> dict:
     """A training row of grouprank.py, with where everything in it comes from."""
-    t, texts = sample.topic, work.teachers["pointwise"].cache
+    def pick(values: Sequence) -> list:
+        """The values of the group's documents among those of the pool's."""
+        return [values[i] for i in sample.docs]
+
+    t, answer = sample.topic, work.teachers["pointwise"].cache.text
     row = {"id": sample.id, "query": t.text,
-           "docs": [{"id": t.pool[i], "text": work.corpus[t.pool[i]]} for i in sample.docs],
-           "scores": [t.labels[i] for i in sample.docs]}
+           "docs": [{"id": doc, "text": work.corpus[doc]} for doc in pick(t.pool)],
+           "scores": pick(t.labels)}
     if sample.response:
-        row["response"] = texts.text(sample.response)
-    pick = lambda values: [values[i] for i in sample.docs]  # noqa: E731
+        row["response"] = answer(sample.response)
     prompts = {step: method.prompt for step, method in METHODS.items()} | {"queries": QUERY_PROMPT}
     used = [step for step in (*t.keys, "groupwise") if step in t.keys or sample.response]
+    keys = t.keys | {"pointwise": pick(t.keys["pointwise"])}
     row["source"] = {
         "qid": t.qid, "generated_from": t.source or None, "style": t.style or None,
         "source_retrieval_rank": t.source_rank, "source_forced": t.forced,
@@ -1248,8 +1198,7 @@ def reranker_row(work: Work, sample: Sample) -> dict:
         "listwise_ranks": pick(t.listwise), "fused": pick(t.fused), "agreement": t.agreement,
         "models": {step: work.teachers[step].name for step in used},
         "prompt_hashes": {step: prompts[step].hash for step in used},
-        "raw": {step: [texts.text(key) for key in keys] for step, keys in (
-            t.keys | {"pointwise": pick(t.keys["pointwise"])}).items()},
+        "raw": {step: [answer(key) for key in keys[step]] for step in keys},
         "seed": work.cfg.seed, "version": grouprank.VERSION}
     return row
 
@@ -1267,10 +1216,9 @@ def retriever_row(work: Work, topic: Topic) -> dict | None:
     neg = [d for d in docs if d[1] <= cfg.negative_level][:MAX_NEGATIVES]
     if not pos or not neg:
         return None
-    row = {"query": topic.text}
-    for name, part in (("pos", pos), ("neg", neg)):
-        row[name] = [work.corpus[doc] for doc, _ in part]
-    return row | {"pos_scores": [s for _, s in pos], "neg_scores": [s for _, s in neg]}
+    return {"query": topic.text, "pos": [work.corpus[doc] for doc, _ in pos],
+            "neg": [work.corpus[doc] for doc, _ in neg],
+            "pos_scores": [s for _, s in pos], "neg_scores": [s for _, s in neg]}
 
 
 EXPORTS = {"sentence-transformers": ("labeled_list",), "tevatron": ("train",),
@@ -1283,8 +1231,8 @@ def export_row(form: str, part: str, row: dict, cfg: Config) -> dict | None:
     sentence-transformers: its labeled list, for LambdaLoss and ListNet. Tevatron: ids that point
     into tevatron.corpus.jsonl. GRPO rows hold the prompt, and `scores` for the reward function.
     """
+    texts = [doc["text"] for doc in row["docs"]]
     if form == "sentence-transformers":
-        texts = [doc["text"] for doc in row["docs"]]
         return {"query": row["query"], "docs": texts, "labels": row["scores"]}
     if form == "tevatron":
         pairs = list(zip((doc["id"] for doc in row["docs"]), row["scores"], strict=True))
@@ -1293,11 +1241,9 @@ def export_row(form: str, part: str, row: dict, cfg: Config) -> dict | None:
         made = {"query_id": row["id"], "query_text": row["query"], "query_image": None,
                 "positive_document_ids": positive, "negative_document_ids": negative}
         return made if positive and negative else None
-    texts = [doc["text"] for doc in row["docs"]]
     turns = grouprank.chat_messages(METHODS["groupwise"].prompt, row["query"], texts)
-    prompt = "messages" if form == "ms-swift" else "prompt"
     if part == "grpo":
-        return {prompt: turns, "scores": row["scores"]}
+        return {"messages" if form == "ms-swift" else "prompt": turns, "scores": row["scores"]}
     if "response" not in row:
         return None
     answer = [{"role": "assistant", "content": row["response"]}]
@@ -1320,39 +1266,41 @@ def write_exports(cfg: Config, rows: Callable[[], Iterator[dict]], folder: Path)
     return names
 
 
-def write_outputs(work: Work, topics: Sequence[Topic], samples: Sequence[Sample],
-                  data: str) -> None:
+def write_outputs(work: Work, samples: Sequence[Sample], data: str) -> None:
     """Write all files; rows are ordered by id, and nothing in them depends on time."""
     folder, counts = Path(work.cfg.out), work.counts
-    train = [sample for sample in samples if not sample.dev]
-    dev = [sample for sample in samples if sample.dev]
+    train, dev = [s for s in samples if not s.dev], [s for s in samples if s.dev]
     held_out = {sample.topic.qid for sample in dev}
-    pairs = [retriever_row(work, t) for t in sorted(topics, key=lambda t: t.qid)
+    pairs = [retriever_row(work, t) for t in sorted(work.topics, key=lambda t: t.qid)
              if t.qid not in held_out]
     counts["queries without both positives and negatives"] = pairs.count(None)
     counts["retriever rows"] = len(pairs) - pairs.count(None)
     counts["training rows"], counts["held-out rows"] = len(train), len(dev)
     counts["training rows with a response"] = sum(bool(sample.response) for sample in train)
-    files = {"reranker.train.jsonl": (reranker_row(work, s) for s in train),
-             "reranker.dev.jsonl": (reranker_row(work, s) for s in dev),
-             "retriever.jsonl": filter(None, pairs), "dropped.jsonl": iter(work.dropped)}
-    for name, rows in files.items():
-        evaluate.write_lines(folder / name, rows)
-    again = lambda: (reranker_row(work, s) for s in train)  # noqa: E731
-    names = [*files, *write_exports(work.cfg, again, folder)]
-    write_record(work.cfg, folder, data, counts)
+
+    def rows(part: Sequence[Sample] = train) -> Iterator[dict]:
+        """Made one by one: with all raw answers in them, they would not fit into memory."""
+        return (reranker_row(work, sample) for sample in part)
+
+    files = {"reranker.train.jsonl": rows(), "reranker.dev.jsonl": rows(dev),
+             "retriever.jsonl": filter(None, pairs), "dropped.jsonl": work.dropped}
+    for name, lines in files.items():
+        evaluate.write_lines(folder / name, lines)
+    names = [*files, *write_exports(work.cfg, rows, folder)]
+    write_record(work.cfg, data, counts)
     print("\n".join(f"{n:8,} {name}" for name, n in sorted(counts.items()) if n))
     print(f"wrote {', '.join(names)} to {folder}")
 
 
-def write_record(cfg: Config, folder: Path, data: str, counts: Counter | None = None) -> None:
+def write_record(cfg: Config, data: str, counts: Counter | None = None) -> None:
     """synth.json: settings, and at the end the counts. Refuses a folder with other settings.
 
     `data` is a hash of what was read. With --overwrite, outputs of other settings go at once, so
     that synth.json never speaks of rows that it did not make.
     """
-    path, settings = folder / "synth.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
-    settings = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE} | {"data_hash": data}
+    folder, path = Path(cfg.out), Path(cfg.out, "synth.json")
+    settings = json.loads(json.dumps(dataclasses.asdict(cfg))) | {"data_hash": data}
+    settings = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
     for teacher in ("pointwise_llm", "listwise_llm"):  # where a model is served may change
         settings[teacher] = settings[teacher].partition("@http")[0]
     if not path.exists():  # then these are none of ours
@@ -1381,45 +1329,46 @@ def synthesise(cfg: Config, make_teachers=load_teachers) -> Work:
     """All nine steps. make_teachers(cfg, cache, ledger) -> {step: Teacher}."""
     if not cfg.out or not cfg.data or not cfg.llm:
         raise ValueError("synthesis needs --data, --out and --llm")
-    folder = Path(cfg.out)
-    corpus, queries, excluded_docs, counts = read_input(cfg)
-    for name, n in counts.items():
-        print(f"{name}: {n:,}")
-    size = cfg.pool_top + cfg.pool_random
+    answers, given = Path(cfg.out, "answers.jsonl"), read_input(cfg)
+    if cfg.dry_run:
+        path = answers if answers.exists() else Path(os.devnull)
+        return take_steps(cfg, AnswerCache(path, read_only=True), make_teachers, *given)
+    with grouprank.open_alone(answers):
+        try:
+            return take_steps(cfg, AnswerCache(answers), make_teachers, *given)
+        except KeyboardInterrupt:
+            print(f"\nstopped; all answers so far are in {answers}: the same command goes on from"
+                  " there", file=sys.stderr)
+            raise
+
+
+def take_steps(cfg: Config, cache: AnswerCache, make_teachers, corpus, queries, banned,
+               counts) -> Work:
+    """The steps after reading, of the one process that works in the folder."""
+    size, excluded = cfg.pool_top + cfg.pool_random, read_excluded_queries(cfg)
+    print("\n".join(f"{name}: {n:,}" for name, n in counts.items()))
     if len(corpus) < size:
         print(f"note: the corpus has {len(corpus)} documents: pools hold these instead of {size}")
-    answers = folder / "answers.jsonl"
-    with contextlib.nullcontext() if cfg.dry_run else grouprank.open_alone(answers):
-        return take_steps(cfg, make_teachers, corpus, queries, excluded_docs, counts)
-
-
-def take_steps(cfg: Config, make_teachers, corpus, queries, excluded_docs, counts) -> Work:
-    """The steps after reading, of the one process that works in the folder."""
-    folder, size = Path(cfg.out), cfg.pool_top + cfg.pool_random
-    excluded = read_excluded_queries(cfg)
-    data = hash_input(corpus, queries, excluded_docs)
+    data = hash_input(corpus, queries, banned)
     if cfg.dry_run:  # nothing may be lost on the way: the most that the job can take
         cfg = dataclasses.replace(
             cfg, max_overlap=1.0, round_trip_rank=size + 1, min_agreement=0.0)
     else:
-        write_record(cfg, folder, data)
-    path = folder / "answers.jsonl"
-    cache = AnswerCache(path if path.exists() or not cfg.dry_run else Path(os.devnull))
+        write_record(cfg, data)
     ledger = Ledger(cfg.max_calls, cfg.max_tokens)
-    work = Work(cfg, corpus, excluded_docs, make_teachers(cfg, cache, ledger), counts)
+    work = Work(cfg, corpus, banned, make_teachers(cfg, cache, ledger), counts)
     print("models: " + ", ".join(f"{step} {t.name}" for step, t in work.teachers.items())
           + f"; {len(cache.places):,} answers and {cache.n_corrupt} corrupt lines in {cache.path}",
           flush=True)
-    if cfg.generate_queries:
-        topics = generate_queries(work, excluded)
-    else:
-        topics = given_queries(work, queries, excluded)
+    topics = (generate_queries(work, excluded) if cfg.generate_queries else
+              given_queries(work, queries, excluded))
     check_left(work, topics)
-    encoder = Encoder(cfg.encoder, cfg) if cfg.encoder else None
+    # Which documents fill a pool hardly changes its size: a rehearsal need not encode the corpus.
+    encoder = Encoder(cfg.encoder, cfg) if cfg.encoder and not cfg.dry_run else None
     print(f"retrieval: {describe_retrieval(cfg, encoder)}, {len(topics)} queries", flush=True)
     fill_pools(work, topics, encoder)
-    topics = work.topics = fuse_teachers(work, order_pools(work, rate_pools(work, topics)))
-    samples = draw_samples(work, topics)
+    work.topics = fuse_teachers(work, order_pools(work, rate_pools(work, topics)))
+    samples = draw_samples(work, work.topics)
     add_responses(work, samples)
     if cfg.dry_run:
         print(f"dry run: {ledger.calls:,} calls without retries, {ledger.prompt_tokens:,} prompt"
@@ -1427,7 +1376,7 @@ def take_steps(cfg: Config, make_teachers, corpus, queries, excluded_docs, count
               f" {ledger.cached:,} answers are there already. Nothing was asked or written.")
         return work
     check_left(work, samples)
-    write_outputs(work, topics, samples, data)
+    write_outputs(work, samples, data)
     return work
 
 
@@ -1459,8 +1408,6 @@ def run_retrieve(cfg: Config) -> None:
           f" {len(collection.queries)} queries, top {cfg.top_k}", flush=True)
     run = retrieve(collection.corpus, collection.queries, collection.excluded, cfg.top_k, encoder,
                    alpha=cfg.alpha, fusion=cfg.fusion)
-    if not encoder:  # no word in common: nothing was found, and the order of the corpus is no rank
-        run = {qid: [pair for pair in ranked if pair[1] > 0] for qid, ranked in run.items()}
     if empty := sum(not ranked for ranked in run.values()):
         print(f"note: {empty} of {len(run)} queries find no document and are not in the run")
     if not any(run.values()):
@@ -1511,29 +1458,30 @@ def cached_backward(encoder: Encoder, chunks: Sequence[tuple[list[str], str]],
     return loss.item()
 
 
-def check_pair(row) -> dict:
-    """One row of `read_pairs`, missing scores filled in (10 and 0); ValueError if it is no such."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    parts = {part: row.get(part) for part in ("pos", "neg")}
-    lists = all(isinstance(texts, list) and texts for texts in parts.values())
-    texts = [row.get("query"), *(parts["pos"] + parts["neg"] if lists else [None])]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError('needs a "query", and lists of texts in "pos" and "neg", none of it empty')
-    for part, texts in parts.items():
-        scores = row.setdefault(f"{part}_scores", [10.0 * (part == "pos")] * len(texts))
-        numbers = isinstance(scores, list) and all(
-            type(score) in (int, float) and math.isfinite(score) for score in scores)
-        if not numbers or len(scores) != len(texts):
-            raise ValueError(f'"{part}_scores" must be a list with one number for each of the'
-                             f' {len(texts)} texts in "{part}"')
-    return row
-
-
 def read_pairs(path: str) -> list[dict]:
-    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; errors name file and line."""
+    """Rows {"query", "pos", "neg", "pos_scores"?, "neg_scores"?}; errors name file and line.
+
+    Scores that are not there become 10 and 0.
+    """
+    rows = []
     with evaluate.numbered_lines(path) as lines:
-        rows = [check_pair(json.loads(line)) for line in filter(str.strip, lines)]
+        for row in map(json.loads, filter(str.strip, lines)):
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            lists = [row.get("pos"), row.get("neg")]
+            filled = all(isinstance(part, list) and part for part in lists)
+            texts = [row.get("query"), *itertools.chain.from_iterable(lists)] if filled else [None]
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError('needs a "query", and lists of texts in "pos" and "neg", none of'
+                                 " it empty")
+            for part, default in (("pos", 10.0), ("neg", 0.0)):
+                n = len(row[part])
+                scores = row.setdefault(f"{part}_scores", [default] * n)
+                if not isinstance(scores, list) or len(scores) != n or not all(
+                        type(score) in (int, float) and math.isfinite(score) for score in scores):
+                    raise ValueError(f'"{part}_scores" must be a list with one number for each of'
+                                     f' the {n} texts in "{part}"')
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
@@ -1640,9 +1588,10 @@ class SimulatedTeacher:
         self.world = world
         self.concept_of = {word: c for c, row in enumerate(world.concepts) for word in row}
 
-    def __call__(self, chats, temperature, top_p, progress=None) -> list[Completion]:
-        texts = [self.answer(grouprank.chat_messages(chat.prompt, chat.query, chat.texts),
-                             chat.seed) for chat in chats]
+    def __call__(self, chats, temperature, top_p) -> list[Completion]:
+        prompts = [grouprank.chat_messages(chat.prompt, chat.query, chat.texts) for chat in chats]
+        texts = [self.answer(messages, chat.seed)
+                 for messages, chat in zip(prompts, chats, strict=True)]
         return [Completion(text, completion_tokens=len(text) // 4) for text in texts]
 
     def answer(self, messages: Sequence[dict], seed) -> str:
@@ -1682,8 +1631,8 @@ class SimulatedTeacher:
 
 # The demo's world is small: short texts, groups of six, and no query word in any document.
 DEMO = {"llm": "simulated teacher", "generate_queries": 1300, "min_doc_chars": 20,
-        "near_duplicate": 0.9, "groups_per_query": 18, "group_sizes": "6",
-        "sft_share": 0.9, "positive_level": 4, "negative_level": 1, "epochs": 8.0, "batch": 64,
+        "near_duplicate": 0.9, "groups_per_query": 24, "group_sizes": "6",
+        "sft_share": 0.9, "positive_level": 4, "negative_level": 1, "epochs": 12.0, "batch": 64,
         "chunk": 64, "contrast_temperature": 0.05, "lr": 5e-3}
 DEMO_DOCS, DEMO_TEST_QUERIES = 3000, 100
 
@@ -1718,15 +1667,14 @@ def true_score(world: grouprank.DemoWorld, query: Sequence[int], words: Sequence
 def label_quality(work: Work, teacher: SimulatedTeacher) -> dict[str, float]:
     """Mean NDCG@10 of the pools ranked by each kind of label, against the world's truth."""
     sums: Counter = Counter()
-    topics = list(work.topics)
-    for t in topics:
+    for t in work.topics:
         query = [teacher.concept_of[word] for word in t.text.split()]
         truth = [true_score(teacher.world, query, work.corpus[doc].split()) for doc in t.pool]
         kinds = {"pointwise": t.pointwise, "listwise": [-place for place in t.listwise],
                  "fused": t.fused, "labels 0-10": t.labels}
         for kind, scores in kinds.items():
-            sums[kind] += evaluate.ndcg(evaluate.tie_averaged(scores, truth), truth) / len(topics)
-    return dict(sums)
+            sums[kind] += evaluate.ndcg(evaluate.tie_averaged(scores, truth), truth)
+    return {kind: total / len(work.topics) for kind, total in sums.items()}
 
 
 def retrieval_quality(folder: Path, encoders: dict[str, Encoder]) -> dict[str, float]:
@@ -1735,10 +1683,18 @@ def retrieval_quality(folder: Path, encoders: dict[str, Encoder]) -> dict[str, f
     quality = {}
     for name, encoder in ({"BM25": None} | encoders).items():
         run = retrieve(data.corpus, data.queries, {}, 10, encoder, alpha=0.0)
-        scores = {qid: {doc: -place for place, (doc, _) in enumerate(ranking)}
+        # BM25 finds nothing here: the first documents of the corpus stand for a random order.
+        scores = {qid: {doc: -place for place, doc in enumerate(dict(ranking) or data.corpus)}
                   for qid, ranking in run.items()}
         quality[name] = grouprank.mean_ndcg(data.qrels, scores)
     return quality
+
+
+def reranker_command(rows: Path, out: Path, seed: int) -> str:
+    """Train the demo's reranker on these rows, with as many GRPO steps as on its own."""
+    n_rows = sum(1 for _ in evaluate.read_jsonl(rows))
+    return (f"python grouprank.py --train --data {rows} --seed {seed}"
+            f" --grpo-epochs {grouprank.DEMO_ROWS['grpo'] / n_rows:.3f} --out {out}")
 
 
 def run_demo(given: dict) -> None:
@@ -1769,6 +1725,8 @@ def run_demo(given: dict) -> None:
           + evaluate.table("pools", labels)
           + f"\n\nNDCG@10 on {DEMO_TEST_QUERIES} held-out queries, {DEMO_DOCS} documents\n"
           + evaluate.table("retrieval", retrieval))
+    rows = out / f"seed-{first}" / "reranker.train.jsonl"
+    print(f"\ntry: {reranker_command(rows, out / 'reranker', first)}")
 
 
 # --- Command line ---------------------------------------------------------------------------------

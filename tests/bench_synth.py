@@ -12,7 +12,6 @@ evaluated as the demo is, on 100 held-out queries with 24 candidates each.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -42,15 +41,11 @@ def write_truth(rows, target, world):
     evaluate.write_lines(target, map(truth, evaluate.read_jsonl(rows)))
 
 
-def train_and_score(cfg, rows, out):
-    """Held-out NDCG@10 of the demo's model after SFT and GRPO on these rows; out has no old run."""
-    out.mkdir()
-    n_rows = sum(1 for _ in evaluate.read_jsonl(rows))
-    # as many GRPO steps as in grouprank.py's own demo, whatever the number of rows
-    cfg = dataclasses.replace(cfg, data=str(rows), out=str(out), overwrite=True,
-                              grpo_epochs=grouprank.DEMO_ROWS["grpo"] / n_rows)  # fmt: skip
-    grouprank.train(cfg, grouprank.DEMO_PROMPT, out)
-    return grouprank.demo_ndcg(cfg, grouprank.DEMO_PROMPT, Path(cfg.model).parent, out)[0]
+def train_and_score(rows, out, seed):
+    """Held-out NDCG@10 of the demo's model after the command that synth.py --demo prints."""
+    arguments = synth.reranker_command(rows, out, seed).split()[2:]
+    grouprank.main([*arguments, "--eval-every", "0", "--save-every", "0"])  # neither changes the model
+    return json.loads((out / "results.json").read_text())["ndcg@10"]["sft+grpo"]
 
 
 def check_libraries(folder):
@@ -90,14 +85,11 @@ def main():
     table = {}
     for seed in args.seeds:
         folder, world = Path(args.demo) / f"seed-{seed}", grouprank.DemoWorld(seed)
-        bench = folder / "bench"
+        bench, rows = folder / "bench", folder / "reranker.train.jsonl"
         bench.mkdir()
-        settings = grouprank.DEMO_SETTINGS | {"eval_every": 0, "save_every": 0}
-        cfg = grouprank.Config(**settings, seed=seed, model=str(bench / "untrained"))
-        grouprank.write_demo(bench, world, cfg)
-        write_truth(folder / "reranker.train.jsonl", bench / "truth.jsonl", world)
-        scores = {"synthetic labels": train_and_score(cfg, folder / "reranker.train.jsonl", bench / "synthetic"),
-                  "true labels": train_and_score(cfg, bench / "truth.jsonl", bench / "true")}  # fmt: skip
+        write_truth(rows, bench / "truth.jsonl", world)
+        scores = {"synthetic labels": train_and_score(rows, bench / "synthetic", seed),
+                  "true labels": train_and_score(bench / "truth.jsonl", bench / "true", seed)}
         table[f"seed {seed}"] = scores | {"difference": scores["synthetic labels"] - scores["true labels"]}
         print(json.dumps({f"seed {seed}": table[f"seed {seed}"]}), flush=True)
     print("\nheld-out NDCG@10 of the demo's reranker\n" + evaluate.table("trained on", table))

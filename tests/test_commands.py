@@ -102,7 +102,7 @@ def test_repeated_row_ids_are_named_with_both_lines(place, tmp_path):
         ("--train --model {p}/beir --data {p}/rows.jsonl", "no tokenizer could be loaded"),
         ("--train --model {p}/model --data {p}/missing.jsonl", "missing.jsonl: No such file"),
         ("--train --model {p}/model", "needs --data"),
-        ("--train --data {p}/rows.jsonl", "--data needs --model"),
+        ("--train --data {p}/rows.jsonl", "--data needs --model: the demo's model knows only"),
         ("--train --model {p}/model --data {p}/rows.jsonl --ablation", "--ablation is for"),
         ("--train --model {p}/model --data {p}/rows.jsonl --max-new-tokens 600", "no room for"),
         ("--train --model {p}/model --data {p}/rows.jsonl --max-new-tokens 500", "no room for 2"),

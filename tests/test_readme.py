@@ -119,7 +119,6 @@ EQUATIONS = {  # name -> a call and what it must give
     "mean_ranks": ("mean_ranks([5, 9, 5])", [2.5, 1.0, 2.5]),
     "fuse_ranks": ("fuse_ranks([1, 4], [1, 1], 0.5)", [0.0, pytest.approx(-math.log(2))]),
     "deal_scores": ("deal_scores([-0.3, -0.1, -0.9], [7, 3, 0])", [3.0, 7.0, 0.0]),
-    "plan_windows": ("plan_windows(10, 4)", [(6, 10), (4, 8), (2, 6), (0, 4)]),
     "ndcg": ("ndcg([0, 1], [0, 1], 10)", pytest.approx(1 / math.log2(3))),
     "recall": ("recall([1, 0], [1, 0, 1], 2)", 0.5),
     "tie_averaged": ("[float(x) for x in tie_averaged([1, 1, 2], [0, 4, 7])]", [7, 2, 2]),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,14 +229,6 @@ def test_the_pool_is_the_top_and_random_deeper_ranks():
     assert numbers == sorted(numbers) and 11 <= numbers[10] and numbers[-1] <= 200
 
 
-def test_listwise_windows_slide_from_the_end_by_half():
-    assert synth.plan_windows(10, 4) == [(6, 10), (4, 8), (2, 6), (0, 4)]
-    assert synth.plan_windows(4, 4) == [(0, 4)]
-    for n, window in ((50, 20), (7, 2), (21, 20), (50, 3)):
-        plan = synth.plan_windows(n, window)
-        assert plan[-1][0] == 0 and {i for a, b in plan for i in range(a, b)} == set(range(n))
-
-
 def test_a_pool_that_does_not_fit_the_context_is_ranked_by_windows():
     texts = ["x" * 400] * 50  # 100 tokens each, and 6 for the number
     cfg = synth.Config(max_prompt_tokens=24000)
@@ -259,25 +252,22 @@ def test_near_duplicates_are_those_that_a_full_comparison_finds():
     texts |= {f"{name}*": text + " extra" for name, text in list(texts.items())[::9]}
     index, kept, n_found = synth.NearDuplicates(0.7), {}, 0
     for name, text in texts.items():
-        expected = [n for n, t in kept.items() if synth.jaccard(synth.shingles(t), synth.shingles(text)) >= 0.7]
+        ours = synth.shingles(text)
+        expected = [n for n, theirs in kept.items() if len(ours & theirs) / len(ours | theirs) >= 0.7]
         found = index.find(text)
         assert (found in expected) if expected else found is None
         n_found += bool(expected)
-        kept[name] = text
+        kept[name] = ours
         index.add(name, text)
     assert n_found > 12
 
 
-@pytest.mark.parametrize(("threshold", "rows"), [(0.9, 4), (0.7, 4), (0.6, 3), (0.4, 2), (0.2, 1), (0.02, 0)])
-def test_near_duplicates_are_found_at_any_threshold(threshold, rows):
-    """Pairs at the threshold, 300 of them: sets of numbers, k of 100 in common."""
-    index, n_found = synth.NearDuplicates(threshold), 0
-    shared = math.ceil(200 * threshold / (1 + threshold))  # of two sets of 100: s / (200 - s)
-    for i in range(300):
-        one = [f"{i} {n}" for n in range(100)]
-        two = one[:shared] + [f"{i} {n}" for n in range(100, 200 - shared)]
-        n_found += bool(set(index._bands(one)) & set(index._bands(two)))
-    assert index.rows == rows and n_found >= 290
+def test_near_duplicates_do_not_depend_on_the_order_of_words():
+    assert synth.shingles("sea the") == synth.shingles("The sea?") == {" the ", " sea "}
+    index = synth.NearDuplicates(0.5)
+    index.add("a", "the sea")
+    assert index.find("Sea: the!") == "a" and index.find("the deep sea") == "a"  # 2 of 2, 2 of 4
+    assert index.find("the deepest sea") is None and index.find("") is None  # 2 of 7
 
 
 def test_overlap_counts_different_words_without_stop_words():
@@ -369,10 +359,10 @@ def test_every_row_says_where_it_comes_from(made):
         source, n = row["source"], len(row["docs"])
         assert source["models"]["pointwise"] == "simulated" and source["version"] == grouprank.VERSION
         assert source["prompt_hashes"]["listwise"] == METHODS["listwise"].prompt.hash
-        scores = [synth.read_rating(text, 1) for text in source["raw"]["pointwise"]]
-        assert scores == source["pointwise_scores"] and len(source["retrieval_ranks"]) == n
+        scores = [synth.read_scores("pointwise", text, 1) for text in source["raw"]["pointwise"]]
+        assert scores == [[score] for score in source["pointwise_scores"]] and len(source["retrieval_ranks"]) == n
         (order,) = source["raw"]["listwise"]
-        assert synth.read_order(order, 20) is not None
+        assert sorted(synth.read_scores("listwise", order, 20)) == list(range(1, 21))
         fused = synth.fuse_ranks(source["pointwise_ranks"], source["listwise_ranks"])
         assert source["fused"] == pytest.approx(fused) and source["seed"] == 0
         assert ("groupwise" in source["models"]) == ("response" in row)
@@ -578,11 +568,40 @@ def test_budgets_stop_the_job_and_a_larger_one_goes_on(tmp_path, option, limit):
 
 
 def test_a_dry_run_counts_the_calls_of_the_job_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    folder = write_world(tmp_path / "w", n_docs=40, n_queries=5)
-    command(monkeypatch, *flags(**SMALL, data=folder, out=tmp_path / "out", sft_share=1.0), "--dry-run")
+    """It does not load an encoder either, and leaves a file of answers as it is, its cut last line included."""
+    folder, out = write_world(tmp_path / "w", n_docs=40, n_queries=5), tmp_path / "out"
+    arguments = flags(**SMALL, data=folder, out=out, sft_share=1.0, encoder="nobody/nothing")
+    command(monkeypatch, *arguments, "--dry-run")
     said = capsys.readouterr().out
     # 5 queries x 20 documents, 5 lists, 4 queries (one is held out) x 4 groups
-    assert f"{5 * 20 + 5 + 4 * 4} calls without retries" in said and not (tmp_path / "out").exists()
+    assert f"{5 * 20 + 5 + 4 * 4} calls without retries" in said and not out.exists()
+    out.mkdir()
+    (out / "answers.jsonl").write_text('{"key": "ha')
+    (out / "answers.jsonl").chmod(0o444)
+    command(monkeypatch, *arguments, "--dry-run")
+    assert [path.name for path in out.iterdir()] == ["answers.jsonl"]
+    assert (out / "answers.jsonl").read_text() == '{"key": "ha'
+
+
+def test_ctrl_c_keeps_what_is_on_its_way_and_says_how_to_go_on(tmp_path, capsys):
+    folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=4), tmp_path / "out"
+    teacher, batches = synth.SimulatedTeacher(world()), []
+
+    def interrupted(chats, *rest):
+        batches.append(chats)
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # reaches the main thread, which waits
+            time.sleep(0.2)
+        return teacher(chats, *rest)
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesise(folder, out, interrupted)
+    assert f"stopped; all answers so far are in {out / 'answers.jsonl'}: the same command goes on" in (
+        capsys.readouterr().err)
+    assert len(rows_of(out / "answers.jsonl")) == 2 * synth.CALLS_PER_BATCH  # of 80
+    synthesise(folder, out)
+    synthesise(folder, tmp_path / "whole")
+    assert outputs(out) == outputs(tmp_path / "whole")
 
 
 def test_other_settings_do_not_replace_outputs_unless_told(tmp_path):
@@ -638,8 +657,8 @@ def test_a_full_disk_is_named_and_what_was_written_stays(tmp_path, monkeypatch):
 
     caches, init = [], synth.AnswerCache.__init__
 
-    def remember(self, path):
-        init(self, path)
+    def remember(self, path, **options):
+        init(self, path, **options)
         caches.append(self)
 
     monkeypatch.setattr(synth.AnswerCache, "__init__", remember)
@@ -696,6 +715,14 @@ def test_near_duplicate_queries_are_held_out_together():
         assert {qid[:-1] + "a" for qid in held_out} == {qid[:-1] + "a" for qid in held_out if qid[-1] == "b"}
 
 
+def test_queries_of_the_same_words_are_held_out_together():
+    topics = [synth.Topic(f"{i}{j}", " ".join(words)) for i in range(12)
+              for j, words in enumerate(itertools.permutations((f"heart{i * 7919}", f"lung{i * 104729}", "bone")))]
+    work = synth.Work(synth.Config(dev_share=0.25), {}, {}, {})
+    held_out = Counter(qid[:-1] for qid in synth.hold_out(work, topics))
+    assert set(held_out.values()) == {6} and len(held_out) == 3
+
+
 def test_pools_shrink_to_a_small_corpus_and_say_so(tmp_path, capsys):
     folder = write_world(tmp_path / "w", n_docs=12, n_queries=3)
     work = synthesise(folder, tmp_path / "out")
@@ -736,7 +763,8 @@ def test_listwise_windows_carry_the_best_to_the_top(tmp_path, window):
         best = [score for _, score in sorted(zip(t.listwise, t.pointwise, strict=True))]
         assert best[:3] == sorted(t.pointwise, reverse=True)[:3]
         assert sorted(t.listwise) == list(range(1, len(t.pool) + 1))
-    assert all(len(t.keys["listwise"]) == len(synth.plan_windows(20, window or 20)) for t in work.topics)
+    n_windows = 1 + math.ceil((20 - window) / 3) if window else 1  # of 6 of the 20, by 3
+    assert all(len(t.keys["listwise"]) == n_windows for t in work.topics)
 
 
 def _truth(teacher, query, docs, form):
@@ -891,6 +919,18 @@ def test_hybrid_scores_ignore_the_exclusions_of_other_queries_and_bm25_finds_by_
     assert [doc for doc, _ in plain["q3"]] == nearest
 
 
+def test_a_candidate_with_the_fused_score_0_stays_a_candidate(bert):
+    """The worst of both lists has 0 in each; it was found all the same, and has a rank."""
+    corpus = {"good": "red red apples", "worst": "some red things of another kind, and so on"}
+    encoder = synth.Encoder(bert, synth.Config(query_prefix=""))
+    encoder.encode = lambda texts, kind: torch.tensor([[1.0, 0.0], [0.0, 1.0]][: len(list(texts))])
+    run = synth.retrieve(corpus, {"q": "red"}, {}, 2, encoder)
+    assert run["q"] == [("good", 1.0), ("worst", 0.0)]
+    work, topic = synth.Work(synth.Config(), corpus, {}, {}), synth.Topic("q", "red")
+    synth.fill_pools(work, [topic], encoder)
+    assert topic.pool == ["good", "worst"] and topic.ranks == [1, 2]
+
+
 def test_dense_search_in_blocks_is_exact():
     generator = torch.Generator().manual_seed(0)
     queries, docs = torch.randn(7, 16, generator=generator), torch.randn(301, 16, generator=generator)
@@ -912,6 +952,57 @@ def test_vectors_do_not_depend_on_padding_and_pool_what_they_say(bert, pooling):
     assert torch.allclose(both.norm(dim=1), torch.ones(3))
     decoder_like = encoder.encode(["short"], "query")[0]  # no prefix here
     assert not torch.allclose(decoder_like, both[0], atol=1e-3)
+
+
+def sentence_transformers_files(source, target, pooling="cls", module=None, **files):
+    """A copy of an encoder's folder, with what sentence-transformers writes beside a model."""
+    shutil.copytree(source, target)
+    modules = ["Transformer", "Pooling", "Normalize", *filter(None, [module])]
+    content = {"modules": [{"idx": i, "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+                           for i, name in enumerate(modules)], **files}
+    for name, value in content.items():
+        (target / f"{name}.json").write_text(json.dumps(value))
+    modes = {f"pooling_mode_{mode}": mode == pooling for mode in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")}
+    (target / "1_Pooling").mkdir()
+    (target / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32} | modes))
+    return str(target)
+
+
+def test_an_encoder_follows_the_files_of_sentence_transformers(bert, tmp_path, capsys):
+    folder = sentence_transformers_files(
+        bert, tmp_path / "st", "lasttoken", sentence_bert_config={"max_seq_length": 7},
+        config_sentence_transformers={"prompts": {"query": "ask: ", "passage": "read: "}})
+    encoder = synth.Encoder(folder, synth.Config())
+    assert encoder.pooling == "last" and encoder.prefixes == {"query": "ask: ", "document": "read: "}
+    assert encoder.max_tokens == 7 and not capsys.readouterr().out
+    assert torch.allclose(encoder.encode(["red and no more"], "query"), encoder.encode(["red and"], "query"), atol=1e-6)
+    given = synth.Encoder(folder, synth.Config(pooling="mean", query_prefix="", max_doc_tokens=5))
+    assert given.pooling == "mean" and given.prefixes["query"] == "" and given.max_tokens == 5
+
+
+def test_the_default_prompt_goes_before_texts_that_have_none_of_their_own(bert, tmp_path):
+    prompts = {"prompts": {"all": "text: ", "query": "ask: "}, "default_prompt_name": "all"}
+    folder = sentence_transformers_files(bert, tmp_path / "st", "cls_token", config_sentence_transformers=prompts)
+    assert synth.Encoder(folder, synth.Config()).prefixes == {"query": "ask: ", "document": "text: "}
+
+
+def test_what_no_file_says_of_an_encoder_is_printed(bert, tmp_path, capsys):
+    assert synth.Encoder(bert, synth.Config()).pooling == "mean"
+    assert "names its pooling, query prefix, document prefix: mean pooling, '' before queries" in capsys.readouterr().out
+    synth.Encoder(sentence_transformers_files(bert, tmp_path / "st", "cls_token"), synth.Config())
+    assert "names its query prefix, document prefix: cls pooling" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("pooling", "module", "message"), [
+    ("max_tokens", None, "its pooling is max_tokens, which is not implemented"),
+    ("cls_token", "Dense", "the module Dense, which is not implemented"),
+])  # fmt: skip
+def test_pooling_and_modules_that_are_not_implemented_are_refused(bert, tmp_path, pooling, module, message):
+    folder = sentence_transformers_files(bert, tmp_path / "st", pooling, module)
+    with pytest.raises(ValueError, match=message):
+        synth.Encoder(folder, synth.Config())
+    if not module:
+        assert synth.Encoder(folder, synth.Config(pooling="mean")).pooling == "mean"
 
 
 def test_bm25_equals_bm25s_on_real_passages(real_data):
@@ -1028,6 +1119,28 @@ def test_the_demo_shows_that_fused_labels_beat_both_teachers(tmp_path, monkeypat
     for bm25, untrained, trained in tables[3:]:
         assert trained > max(bm25, untrained) + 20
     assert "simulated" in said
+    started, last = [], said.splitlines()[-1]
+    monkeypatch.setattr(grouprank, "write_demo", lambda *rest: None)
+    monkeypatch.setattr(grouprank, "train", lambda cfg, prompt, out: started.append(cfg) or 1 / 0)
+    assert last.startswith("try: python grouprank.py --train --data ")
+    with pytest.raises(ZeroDivisionError):
+        grouprank.main(last.split()[3:])
+    assert started[0].data == str(tmp_path / "demo" / "seed-0" / "reranker.train.jsonl")
+    assert started[0].model == str(tmp_path / "demo" / "reranker" / "demo" / "untrained")
+
+
+@pytest.mark.parametrize(("query", "options", "message"), [
+    ("what do hearts do", [], "--data needs --model"), ("heart lung", ["--ablation"], "leave --data out"),
+    ("heart lung", ["--out", "{p}"], "give another --out"),
+])  # fmt: skip
+def test_only_rows_of_the_demos_world_train_its_model(tmp_path, query, options, message):
+    (tmp_path / "demo").mkdir()
+    row = {"id": "r", "query": query, "docs": [{"id": "d", "text": "bile"}], "scores": [1]}
+    rows = write_rows(tmp_path / "demo" / "rows.jsonl", [row])
+    out = ["--out", str(tmp_path / "new"), *(option.format(p=tmp_path) for option in options)]
+    with pytest.raises(ValueError, match=message):
+        grouprank.main(["--train", "--data", rows, "--overwrite", *out])
+    assert Path(rows).exists() and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("options", "message"), [
