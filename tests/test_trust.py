@@ -1027,7 +1027,7 @@ def test_after_a_fatal_error_nothing_is_tried_again():
 def test_an_id_that_no_run_can_name_is_refused_before_the_first_call(tmp_path, bad):
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"_id": bad, "text": "t"}) + "\n")
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "t"}\n')
-    with pytest.raises(ValueError, match="corpus.jsonl, document 1: the id"):
+    with pytest.raises(ValueError, match="corpus.jsonl, line 1: the id"):
         evaluate.read_collection(tmp_path)
 
 
