@@ -1,7 +1,7 @@
-"""Training by several processes (torchrun, gloo on CPU) gives what one process gives.
+"""Training by several processes (gloo on CPU) gives what one process gives.
 
-torchrun runs this file itself: `torchrun ... tests/test_processes.py FOLDER CASE ...` trains the
-named cases and leaves FOLDER/CASE-N, where N is the number of processes.
+This file is also the program that they run: `torchrun ... tests/test_processes.py FOLDER CASE ...`
+trains the named cases and leaves FOLDER/CASE-N, where N is the number of processes.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import zlib
@@ -135,12 +136,12 @@ def train_case(folder, name, n_processes, **more):
         (out / "drawn.json").write_text(json.dumps(drawn))
 
 
-def torchrun(n_processes, *args, **environment):
-    """Run this file, or another, under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(n_processes), *map(str, args)]  # fmt: skip
+def run_processes(n_processes, *args, torchrun=False):
+    """Run this file in several processes: by torchrun, or forked, which imports torch only once."""
+    start = [*"-m torch.distributed.run --standalone --nproc-per-node".split(), str(n_processes)]
+    command = [sys.executable, *(start if torchrun else []), __file__, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "FORKS": str(n_processes)})  # fmt: skip
 
 
 def weights_after(out):
@@ -151,13 +152,13 @@ def weights_after(out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All cases, trained by one process here and by two and four under torchrun."""
+    """All cases, trained by one process here and by two and four others."""
     folder = tmp_path_factory.mktemp("processes")
     prepare(folder)
     for name in CASES:
         train_case(folder, name, 1)
     for n_processes, names in ((2, CASES), (4, ("grpo-lora", "grpo-full", "sft-full"))):
-        done = torchrun(n_processes, __file__, folder, *names)
+        done = run_processes(n_processes, folder, *names)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -217,13 +218,12 @@ def test_a_prompt_without_memory_is_dropped_and_counted_whoever_had_it(folder):
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(folder):
-    done = torchrun(2, __file__, folder, "stopped")
-    assert done.returncode != 0 and "exitcode  : 143" in done.stderr
+    assert run_processes(2, folder, "stopped").returncode == 143  # 128 + SIGTERM, from both
     assert list(weights_after(folder / "stopped-2")) == ["grpo-0000002.pt"]
 
 
 def test_one_process_that_fails_ends_all_with_its_message(folder):
-    done = torchrun(2, __file__, folder, "broken")
+    done = run_processes(2, folder, "broken", torchrun=True)
     assert done.returncode != 0 and "RuntimeError: broken on purpose" in done.stderr
     assert not (folder / "broken-2/meta.json").exists()
 
@@ -235,7 +235,7 @@ def test_shares_are_of_like_cost_and_hold_everything():
 
 
 def main(folder, *names):
-    """What each process of torchrun does."""
+    """What each process does."""
     grouprank.join_processes()
     torch.set_num_threads(1)
     for name in names:
@@ -243,5 +243,23 @@ def main(folder, *names):
     torch.distributed.destroy_process_group()
 
 
+def fork(n_processes):
+    """Become n processes as torchrun starts them, and the one that waits for them and exits."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(n_processes):
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                           "WORLD_SIZE": str(n_processes), "MASTER_PORT": str(port)}
+            return
+    codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    sys.exit(codes.pop() if len(codes) == 1 else 1)
+
+
 if __name__ == "__main__":
+    if "WORLD_SIZE" not in os.environ:
+        fork(int(os.environ["FORKS"]))
     main(Path(sys.argv[1]), *sys.argv[2:])
