@@ -12,9 +12,11 @@ from 64 KiB on go back to the system when freed), on CUDA the allocator's own co
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,18 +43,143 @@ def shape(numbers):
     return SimpleNamespace(**dict(zip(NAMES, numbers, strict=True)))
 
 
+# --- Bytes and seconds of a GRPO step, on paper --------------------------------------------------
+
+
+def linear_shapes(config) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the linear layers in one block of a Llama-like model (Qwen, Mistral)."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = (head * n for n in (config.num_attention_heads, config.num_key_value_heads))
+    return [(width, queries), (width, keys), (width, keys), (queries, width),
+            (width, mlp), (width, mlp), (mlp, width)]
+
+
+def count_parameters(config, lora_rank: int = 0) -> tuple[int, int, int]:
+    """Parameters of one block's linear layers, of embeddings and head, and of all adapters.
+
+    Norms and biases are left out: less than one in a thousand.
+    """
+    shapes = linear_shapes(config)
+    n_embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    n_adapter = config.num_hidden_layers * lora_rank * sum(i + o for i, o in shapes)
+    return sum(i * o for i, o in shapes), n_embedding, n_adapter
+
+
+def activation_bytes(config, blocks: Sequence[tuple[int, Sequence[int]]], *, lora: bool,
+                     element_bytes: int) -> int:
+    """Bytes that one block of layers of a Qwen3 keeps for its backward pass over a packed row.
+
+    blocks: for each prompt its tokens and those of its completions, as PackedRow takes them. Every
+    completion keeps a copy of its prompt's keys and values.
+    """
+    (width, queries), (_, keys), *_, (mlp, _) = linear_shapes(config)
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in blocks)
+    pairs = sum(len(lengths) * prompt + sum(lengths) for prompt, lengths in blocks)
+    in_float32 = (1 if lora else 2) * (2 * width + queries + keys)  # a trained norm keeps two
+    in_type = 2 * width + 3 * queries + 2 * keys + 4 * mlp
+    return tokens * (4 * in_float32 + element_bytes * in_type) + pairs * 2 * keys * element_bytes
+
+
+def pass_bytes(config, blocks: Sequence[tuple[int, Sequence[int]]], *, lora: bool,
+               element_bytes: int, checkpointing: bool) -> tuple[int, int]:
+    """What a forward and backward pass over a packed row keeps, and what it works with on top.
+
+    It works on a chunk of logits first; then on the gradients of one block of layers, and with
+    checkpointing on what that block keeps and had to compute again.
+    """
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in blocks)
+    block = activation_bytes(config, blocks, lora=lora, element_bytes=element_bytes)
+    inputs = tokens * config.hidden_size * (element_bytes if lora else 4)  # of a block
+    n_logits = min(1024, sum(sum(lengths) for _, lengths in blocks)) * config.vocab_size
+    kept = config.num_hidden_layers * (inputs if checkpointing else block)
+    return kept, max((2 if checkpointing else 1) * block, n_logits * (element_bytes + 16))
+
+
+def estimate_memory(config, *, prompt_tokens: int, answer_tokens: int, rollouts_per_prompt: int = 8,
+                    prompts_per_process: int = 64, n_processes: int = 1, lora_rank: int = 32,
+                    element_bytes: int = 2, checkpointing: bool = True, kl: bool = True,
+                    tokens_per_pass: int = 32768, cache_bytes: float = 2**30) -> dict[str, float]:
+    """Bytes on each device during a GRPO step with shared prompts, by purpose, and their "peak".
+
+    LoRA: every process has the whole frozen base in the compute type (element_bytes: 2 for bf16)
+    and float32 adapters. All parameters: float32 weights, gradients and Adam's two moments, 16
+    bytes a parameter / n_processes, a frozen reference and, with several processes, a whole copy
+    that decodes, both in the compute type. Decoding and updating take turns. Not counted: norms,
+    fragmentation, the CUDA context, communication buffers.
+    """
+    p, c, g, size = prompt_tokens, answer_tokens, rollouts_per_prompt, element_bytes
+    n_block, n_embedding, n_adapter = count_parameters(config, lora_rank)
+    n_all = config.num_hidden_layers * n_block + n_embedding
+    n_trained = n_adapter or n_all / n_processes
+    full, sharded = not lora_rank, n_processes > 1 and not lora_rank
+    in_row = max(1, min(g, (tokens_per_pass - p) // c))  # answers behind one copy of a prompt
+    n_rows = max(1, min(tokens_per_pass // (p + in_row * c), prompts_per_process))
+    activations, working = pass_bytes(config, [(p, [c] * in_row)] * n_rows, lora=not full,
+                                      element_bytes=size, checkpointing=checkpointing)
+    cache = (p + g * c) * 2 * config.num_hidden_layers * linear_shapes(config)[1][1] * size
+    wave = max(1, min(prompts_per_process, int(cache_bytes // cache)))  # prompts decoded at once
+    use = {
+        "weights": 4 * n_trained if full else size * n_all + 4 * n_adapter,
+        "moments": 8 * n_trained,
+        "reference": size * n_all / n_processes if kl and full else 0,
+        "replica": size * n_all if sharded else 0,
+        "gradients": 4 * n_trained,
+        "gathered": 8 * (n_block + n_embedding) if sharded else 0,  # weights and their gradients
+        "casts": size * n_all if size < 4 and full and not checkpointing else 0,  # kept by autograd
+        "activations": activations,
+        "working": working,
+        "cache": wave * cache,
+        "sampling": wave * g * config.vocab_size * (size + 24),  # probabilities in float64
+    }
+    resident = sum(use[name] for name in ("weights", "moments", "reference", "replica"))
+    update = sum(use[n] for n in ("gradients", "gathered", "casts", "activations", "working"))
+    return use | {"peak": resident + max(update, use["cache"] + use["sampling"])}
+
+
+def estimate_seconds(config, *, prompt_tokens: int, answer_tokens: int, flops: float,
+                     bandwidth: float, rollouts_per_prompt: int = 8, prompts_per_process: int = 64,
+                     lora_rank: int = 32, element_bytes: int = 2, checkpointing: bool = True,
+                     kl: bool = True, prompts_per_wave: int = 64, shared: bool = True) -> dict:
+    """Seconds of one process's share of a GRPO step: prefill, decode, update and their sum.
+
+    flops and bandwidth: operations and bytes a second that the device sustains. A pass forward is
+    2 operations a parameter and token, 4 a query-key pair and head dimension. Backward is as much
+    again for frozen weights, twice as much for trained ones; checkpointing and the reference are a
+    pass forward each. A decoded token reads all weights and the cache, unless computing takes
+    longer. Communication, the optimizer and waiting for the longest answer are not counted.
+    """
+    p, c, g = prompt_tokens, answer_tokens, rollouts_per_prompt
+    n_block, _, _ = count_parameters(config)
+    (width, queries), (_, keys), *_ = linear_shapes(config)
+    n_body, copies = config.num_hidden_layers * n_block, 1 if shared else g  # copies of the prompt
+    attention, head = 4 * queries * config.num_hidden_layers, config.vocab_size * width
+    prefill = copies * (2 * n_body * p + attention * p * p / 2)
+    answers = g * c * (2 * n_body + 2 * head) + attention * g * c * (p + c / 2)
+    n_forward = (2 if lora_rank else 3) + checkpointing + kl
+    waves = math.ceil(prompts_per_process / prompts_per_wave)
+    cache = 2 * config.num_hidden_layers * keys * element_bytes * (copies * p + g * c / 2)
+    read = c * (waves * element_bytes * (n_body + head) + prompts_per_process * cache)
+    seconds = {"prefill": prompts_per_process * prefill / flops,
+               "decode": max(read / bandwidth, prompts_per_process * answers / flops),
+               "update": prompts_per_process * n_forward * (prefill + answers) / flops}
+    return seconds | {"step": sum(seconds.values())}
+
+
+# --- The README's tables ---------------------------------------------------------------------------
+
+
 def plan(config, n_devices, lora_rank):
     """(bytes on a device, seconds of a step, seconds with the prompt run 8 times) on n H200."""
-    import grouprank
 
     sizes = STEP | {"prompts_per_process": PROMPTS_PER_STEP // n_devices, "lora_rank": lora_rank}
-    first = grouprank.estimate_memory(config, **sizes, n_processes=n_devices, cache_bytes=1)
+    first = estimate_memory(config, **sizes, n_processes=n_devices, cache_bytes=1)
     resident = sum(first[name] for name in ("weights", "moments", "reference", "replica"))
     budget = max(1.0, 0.4 * (DEVICE_BYTES - resident))  # what --cache-gib 0 takes
-    memory = grouprank.estimate_memory(config, **sizes, n_processes=n_devices, cache_bytes=budget)
+    memory = estimate_memory(config, **sizes, n_processes=n_devices, cache_bytes=budget)
     wave, seconds = round(memory["cache"] / first["cache"]), []  # prompts decoded at once
     for shared in (True, False):
-        times = grouprank.estimate_seconds(
+        times = estimate_seconds(
             config, **sizes, flops=FLOPS, bandwidth=BANDWIDTH, shared=shared,
             prompts_per_wave=wave if shared else max(1, wave // 8))  # fmt: skip
         seconds.append(times["step"])
@@ -94,7 +221,6 @@ def price_queries(docs_per_group, rounds, n_docs=100, doc_tokens=300, query_toke
 
 def show_queries(model="8B", n_queries=10**6):
     """Calls, tokens and hours of one H200 for a million queries, its memory full of calls."""
-    import grouprank
 
     config = shape(QWEN3[model])
     print(f"\n| c | t | calls | prompt tokens | answer tokens | H200 hours, {model} |\n|---|---|---|---|---|---|")
@@ -103,9 +229,9 @@ def show_queries(model="8B", n_queries=10**6):
             calls, prompt, answer = price_queries(c, t)
             sizes = {"prompt_tokens": round(prompt / calls), "answer_tokens": round(answer / calls),
                      "rollouts_per_prompt": 1, "lora_rank": 1}  # fmt: skip
-            memory = grouprank.estimate_memory(config, **sizes, cache_bytes=1)
+            memory = estimate_memory(config, **sizes, cache_bytes=1)
             at_once = int((0.9 * DEVICE_BYTES - memory["weights"]) / memory["cache"])
-            times = grouprank.estimate_seconds(
+            times = estimate_seconds(
                 config, **sizes, flops=FLOPS, bandwidth=BANDWIDTH,
                 prompts_per_process=at_once, prompts_per_wave=at_once)  # fmt: skip
             hours = (times["prefill"] + times["decode"]) * calls * n_queries / at_once / 3600
@@ -156,7 +282,7 @@ def measure(device, setting):
     after = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
     sizes = {"prompt_tokens": n_prompt, "answer_tokens": n_answer, "lora_rank": rank,
              "checkpointing": setting["checkpointing"], "element_bytes": machine.dtype.itemsize}
-    estimate = grouprank.estimate_memory(config, prompts_per_process=1, **sizes)
+    estimate = estimate_memory(config, prompts_per_process=1, **sizes)
     return estimate | {"measured": after - before}
 
 
