@@ -82,14 +82,16 @@ def respond(world, query, docs, method):
 def write_rows(path, world, method, docs_per_group, n_docs):
     """Training rows: the same documents for every method and group size, with their true marks.
 
-    Those of the base are others, and end where the reasoning does.
+    Those of the base are others, and end where the reasoning does. Every second query has good
+    documents, as windows at the top of a list and groups of its first ranks have.
     """
+    good = dataclasses.replace(world, match_share=0.7)
     stream = f"base {docs_per_group}" if method == "base" else "bench"
     rng = random.Random(f"{stream} {world.seed}")
     with open(path, "w", encoding="utf-8") as file:
         for number in range(n_docs // 20):
             query = world.draw_query(rng, held_out=False)
-            docs = [world.draw_document(rng, query) for _ in range(20)]
+            docs = [(good if number % 2 else world).draw_document(rng, query) for _ in range(20)]
             for start in range(0, 20, docs_per_group):
                 group = docs[start : start + docs_per_group]
                 response = respond(world, query, group, method)
