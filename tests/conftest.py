@@ -1,5 +1,6 @@
 """Small models and data for the tests: random weights, real folders, nothing downloaded."""
 
+import contextlib
 import json
 import os
 import threading
@@ -88,23 +89,26 @@ def save_tiny_model(folder, kind="qwen2", texts=(), vocab_size=400, **options):
     return folder
 
 
-class ChatServer:
-    """A chat-completions server; `answer(body)` gives the text, or a status to fail with."""
+class ManyAtOnce(ThreadingHTTPServer):
+    """Without a longer queue, the kernel drops connections that come together."""
 
-    def __init__(self, answer, delay_s=0.0):
-        self.bodies, outer = [], self
+    request_queue_size = 64
+
+
+class LocalServer:
+    """A server at `url` for as long as a `with` lasts; subclasses answer in post(handler, body)."""
+
+    def __enter__(self):
+        outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append(body)
-                time.sleep(delay_s)
-                text = answer(body)
-                failed = isinstance(text, int)
-                message = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
-                           "usage": {"prompt_tokens": 10, "completion_tokens": 5}}  # fmt: skip
-                payload = json.dumps({"error": "no"} if failed else message).encode()
-                self.send_response(text if failed else 200)
+                with contextlib.suppress(OSError):  # a client that hung up
+                    outer.post(self, body)
+
+            def send(self, status, payload):
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
@@ -112,16 +116,31 @@ class ChatServer:
             def log_message(self, *args):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ManyAtOnce(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *exc):
         self.server.shutdown()
         self.server.server_close()
+
+
+class ChatServer(LocalServer):
+    """Chat completions; `answer(body)` gives the text, or a status to fail with."""
+
+    def __init__(self, answer, delay_s=0.0):
+        self.answer, self.delay_s, self.bodies = answer, delay_s, []
+
+    def post(self, handler, body):
+        self.bodies.append(body)
+        time.sleep(self.delay_s)
+        text = self.answer(body)
+        if isinstance(text, int):
+            return handler.send(text, b'{"error": "no"}')
+        message = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
+                   "usage": {"prompt_tokens": 10, "completion_tokens": 5}}  # fmt: skip
+        handler.send(200, json.dumps(message).encode())
 
 
 def write_rows(path, rows):

@@ -1,7 +1,6 @@
 """Reranking (Eq. 1, Sec. 4.5): the three methods, pooling, fusion, retries, interrupted and split
 jobs, sweeps, both back ends, misbehaving servers, real passages."""
 
-import contextlib
 import io
 import json
 import math
@@ -12,11 +11,10 @@ import threading
 import time
 import urllib.error
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import save_tiny_model
+from conftest import LocalServer, save_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -667,13 +665,7 @@ FAULTS = (*ANSWERS, "500", "429", "429 wait", "408", "close", "half", "short", "
           "no message", "not a dict", "hang", "dribble")  # fmt: skip
 
 
-class ManyAtOnce(ThreadingHTTPServer):
-    """Without a longer queue, the kernel drops connections that come together."""
-
-    request_queue_size = 64
-
-
-class GoldServer:
+class GoldServer(LocalServer):
     """Answers prompts with gold labels, looked up by document text; every third request fails.
 
     With `always`, every request meets that fault.
@@ -682,33 +674,15 @@ class GoldServer:
     def __init__(self, gold, faulty=False, always=""):
         self.gold, self.faulty, self.always = gold, faulty, always
         self.requests, self.lock = [], threading.Lock()
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    number = len(outer.requests)
-                    outer.requests.append((self.path, body, self.headers.get("Authorization")))
-                fault = outer.always
-                if outer.faulty and number % 3 == 0:
-                    fault = FAULTS[number // 3 % len(FAULTS)]
-                with contextlib.suppress(OSError):  # a client that hung up
-                    outer.reply(self, body, fault)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ManyAtOnce(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exc):
-        self.server.shutdown()
-        self.server.server_close()
+    def post(self, handler, body):
+        with self.lock:
+            number = len(self.requests)
+            self.requests.append((handler.path, body, handler.headers.get("Authorization")))
+        fault = self.always
+        if self.faulty and number % 3 == 0:
+            fault = FAULTS[number // 3 % len(FAULTS)]
+        self.reply(handler, body, fault)
 
     def scores(self, body):
         """The gold labels of the documents in the prompt, in their order."""
@@ -968,27 +942,16 @@ def test_written_runs_decrease_strictly_for_every_evaluator(novel, tmp_path, mon
         assert (np.diff(scores) < 0).all()
 
 
-def test_a_wrong_key_or_model_name_stops_at_once_with_the_servers_words(tmp_path):
-    class Refusing(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(404)
-            self.end_headers()
-            self.wfile.write(b"no such model")
+def test_a_wrong_key_or_model_name_stops_at_once_with_the_servers_words():
+    class Refusing(LocalServer):
+        def post(self, handler, body):
+            handler.send(404, b"no such model")
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    endpoint = grouprank.Endpoint(
-        f"http://127.0.0.1:{server.server_port}/v1", "x", grouprank.Config(), backoff_s=0.01
-    )
     chat = grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,))
-    with pytest.raises(ValueError, match="HTTP 404: no such model"):
-        endpoint([chat], 0.3, 0.8)
-    server.shutdown()
-    server.server_close()
+    with Refusing() as server:
+        endpoint = grouprank.Endpoint(server.url, "x", grouprank.Config(), backoff_s=0.01)
+        with pytest.raises(ValueError, match="HTTP 404: no such model"):
+            endpoint([chat], 0.3, 0.8)
 
 
 def test_a_dead_server_stops_the_run_with_its_words_instead_of_a_ranking():

@@ -3,12 +3,11 @@
 import json
 import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, save_tiny_model, write_rows
+from conftest import LocalServer, byte_tokenizer, save_tiny_model, write_rows
 
 import grouprank
 
@@ -17,7 +16,7 @@ SAMPLING = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
             "presence_penalty": 0.0, "frequency_penalty": 0.0}  # fmt: skip
 
 
-class InferenceServer:
+class InferenceServer(LocalServer):
     """Completions of token ids by a model with adapters; `fault` names one misbehaviour.
 
     The sampled answers follow from the request's seed, and the log-probabilities are the model's.
@@ -28,33 +27,13 @@ class InferenceServer:
     def __init__(self, model, fault=""):
         self.model_folder, self.fault = str(model), fault
         self.adapters, self.requests, self.told = {}, [], Counter()
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    status, text = getattr(outer, self.path.removeprefix("/v1/"))(body)
-                if status is None:
-                    return self.connection.close()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text.encode())))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exc):
-        self.server.shutdown()
-        self.server.server_close()
+    def post(self, handler, body):
+        with self.lock:
+            status, text = getattr(self, handler.path.removeprefix("/v1/"))(body)
+        if status is None:
+            return handler.connection.close()
+        handler.send(status, text.encode())
 
     def load_lora_adapter(self, body):
         """vLLM reads the folder at once, and answers in plain text."""
