@@ -9,7 +9,7 @@ by SFT on the same documents with their true marks, as many a step, in as many s
 one listwise, and one groupwise for each group size, because a model of this size learns where in a
 prompt a document stands rather than to look it up by its number. The listwise reasoning sorts as
 well, level by level, and the answer copies that order: a model of this size does not sort without,
-and with it in windows of 10, not of 20. The first stage is simulated: the true score plus noise.
+and windows of 10 are what it manages. The first stage is simulated: the true score plus noise.
 Rows go to OUT/sweep.jsonl, which `evaluate.py --plot` draws; a seed that is there is not run again.
 
 Seconds are those of one core (CPU time of this process), so that other work on the machine does
@@ -310,6 +310,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if args.realistic:
         return run_realistic(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     path = Path(args.out) / "sweep.jsonl"
     done = {row["seed"] for row in evaluate.read_jsonl(path)} if path.exists() else set()
     for seed in args.seeds:
