@@ -28,8 +28,6 @@ from conftest import byte_tokenizer, save_tiny_model, tiny_model, write_rows  # 
 
 import grouprank  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("processes")  # one worker, or all would train the cases
-
 PROMPT = grouprank.Prompt("rate {n}", "{query}\n{documents}")
 COMMON = {"device": "cpu", "max_new_tokens": 12, "max_prompt_tokens": 400, "max_doc_tokens": 100,
           "lora_rank": 4, "sft_lr": 1e-3, "grpo_lr": 1e-3, "rollouts_per_prompt": 4, "keep": 9,
