@@ -1039,6 +1039,9 @@ def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
         raise ValueError(message) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
+    if chosen.index is not None and processes()[1] > 1:
+        raise ValueError(f"--device {device}: every process has its own device under torchrun;"
+                         f" use --device {chosen.type}")
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "fp32"
     return Machine(chosen, DTYPES[precision])
@@ -1101,6 +1104,16 @@ def spare_threads(model) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def frozen_copy(model, device: torch.device, dtype: torch.dtype):
+    """A copy to decode or compare with, its weights in another type, made one by one.
+
+    Buffers keep theirs: rotary frequencies in bfloat16 would turn position 8,000 by whole turns.
+    """
+    weights = {id(p): nn.Parameter(p.detach().to(device, dtype, copy=True), requires_grad=False)
+               for p in model.parameters()}
+    return copy.deepcopy(model, weights).to(device).eval()
 
 
 class LoraLinear(nn.Module):
@@ -1177,17 +1190,23 @@ def merge_lora(model) -> None:
 
 
 def plain_state_dict(model) -> dict[str, Tensor]:
-    """The weights under the names of the unadapted model, adapters merged, in the stored type."""
+    """The weights under the names of the unadapted model, adapters merged, in the stored type.
+
+    All processes must call it, since a sharded weight is gathered; the first one has the result.
+    """
     layers = lora_layers(model)
     weights = {}
     for name, tensor in model.state_dict().items():
         tensor = whole(tensor)
+        if processes()[0]:
+            continue
         owner, _, leaf = name.rpartition(".")
         if leaf in ("lora_A", "lora_B"):
             continue
         if owner.endswith(".base") and owner.removesuffix(".base") in layers:
             owner = owner.removesuffix(".base")
-            tensor = merged_weight(layers[owner]) if leaf == "weight" else tensor
+            # On the CPU: a device that trains a large model has no room for a second one.
+            tensor = merged_weight(layers[owner]).cpu() if leaf == "weight" else tensor
             name = f"{owner}.{leaf}"
         dtype = getattr(model, "stored_dtype", tensor.dtype)
         weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -1916,7 +1935,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
     """Write a folder that AutoModelForCausalLM.from_pretrained and vLLM open, with meta.json."""
-    weights = plain_state_dict(model)  # by all processes: a sharded weight is gathered
+    weights = plain_state_dict(model)  # by all processes
     if processes()[0]:
         return
     with new_folder(folder) as temporary:
@@ -2689,11 +2708,13 @@ class Reference:
         self.job, self.policy = job, policy
         if not lora_layers(job.model):
             job.refresh_replica()
-            source = job.model if job.replica is None else job.replica
-            frozen = copy.deepcopy(source).requires_grad_(False).eval()
-            self.policy = Policy(frozen.to(job.machine.dtype))
-            if job.replica is not None:
-                shard(self.policy, job.machine.device)
+            alone, device = job.replica is None, job.machine.device
+            # What is to be sharded waits on the CPU: the device may not hold it whole once more.
+            frozen = frozen_copy(job.model if alone else job.replica,
+                                 device if alone else torch.device("cpu"), job.machine.dtype)
+            self.policy = Policy(frozen)
+            if not alone:
+                shard(self.policy, device)
 
     @torch.no_grad()
     def logprobs(self, blocks: Sequence[Block]) -> Tensor:
@@ -2982,7 +3003,7 @@ def train(cfg: Config, prompt: Prompt, out: Path, servers: Callable | None = Non
               record=record, policy=Policy(model), servers=servers)
     describe_job(job, encoder, counts)
     if sharded:
-        job.replica = copy.deepcopy(model).to(machine.device, machine.dtype)
+        job.replica = frozen_copy(model, machine.device, machine.dtype)
         shard(job.policy, machine.device)
     alone = contextlib.nullcontext() if processes()[0] else open_alone(out / "run.json")
     try:
@@ -4075,11 +4096,15 @@ class RolloutServers(Endpoint):
     PATH = "/completions"
     FATAL = (301, 302, 303, 307, 308, 401, 403)
     AGAIN = (404, 408, 429)  # 404: this server lacks the adapter, another may have it
+    LONGEST_ANSWER = 2**27  # bytes: some 120 for each token of G answers, and the prompt G times
 
     def __init__(self, cfg: Config, **options):
         super().__init__(" ".join(cfg.rollout_endpoint), "", cfg, **options)
         self.run = random.SystemRandom().randbytes(4).hex()  # a resumed run may not meet old names
         self.tokenizer, self.end_ids = None, []
+        number, n_processes = processes()  # with few prompts each, all would ask the first servers
+        first = number * len(self.servers) // n_processes
+        self.servers = self.servers[first:] + self.servers[:first]
 
     def __call__(self, job: Job, items: Sequence[Item], seeds, temperature: float):
         """Answers to prompts, as many for each as it has seeds; none where all tries failed."""
@@ -4165,7 +4190,7 @@ class RolloutServers(Endpoint):
         if ids is None:
             ids, told = self.tokenizer.encode(choice["text"], add_special_tokens=False), None
         if choice["finish_reason"] == "stop" and (not ids or ids[-1] not in self.end_ids):
-            ids = [*ids, self.end_ids[0]]  # some servers leave the end token out
+            ids = [*ids, self.tokenizer.eos_token_id]  # some servers leave the end token out
         if not ids or not all(type(i) is int and 0 <= i < len(self.tokenizer) for i in ids):
             raise ValueError("an answer without tokens, or with tokens that the model lacks")
         if told is None or len(told) > len(ids):
@@ -4383,6 +4408,8 @@ def train_demo(given: dict) -> None:
         raise ValueError(f"{inside[0]} lies in {out}: give another --out")
     if cfg.data and cfg.ablation:
         raise ValueError("--ablation is for the embedded demo's own rows; leave --data out")
+    if cfg.ablation and processes()[1] > 1:
+        raise ValueError("--ablation compares by seconds: it is for one process, without torchrun")
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
     if not cfg.resume:

@@ -24,11 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import byte_tokenizer, save_tiny_model, write_rows  # noqa: E402
+from conftest import byte_tokenizer, save_tiny_model, tiny_model, write_rows  # noqa: E402
 
 import grouprank  # noqa: E402
-
-pytestmark = pytest.mark.xdist_group("processes")  # one worker, or all would train the cases
 
 PROMPT = grouprank.Prompt("rate {n}", "{query}\n{documents}")
 COMMON = {"device": "cpu", "max_new_tokens": 12, "max_prompt_tokens": 400, "max_doc_tokens": 100,
@@ -39,12 +37,16 @@ SFT = {"stage": "sft", "sft_batch": 3, "sft_epochs": 2.5}
 FULL, ROWS = {"lora_rank": 0}, {"shared_prompt": False}
 FORCED = {  # in float64, with forced completions
     "grpo-lora": GRPO, "grpo-lora-rows": GRPO | ROWS, "grpo-full": GRPO | FULL,
-    "grpo-full-rows": GRPO | FULL | ROWS, "sft-lora": SFT, "sft-full": SFT | FULL,
+    "grpo-full-rows": GRPO | FULL | ROWS | {"grad_checkpointing": "on"},
+    "sft-lora": SFT, "sft-full": SFT | FULL | {"grad_checkpointing": "on"},
     "two-updates": GRPO | {"updates_per_batch": 2}, "no-memory": GRPO}  # fmt: skip
 REAL = {name: options | {"stage": "both", "sft_epochs": 1.0, "grpo_epochs": 1.5, "sft_lr": 1e-4}
         for name, options in {"real-lora": GRPO | SFT, "real-full": GRPO | SFT | FULL}.items()}
 CASES = FORCED | REAL
+HALF = {"half": GRPO | FULL | {"precision": "bf16", "grpo_epochs": 1.0, "grad_checkpointing": "on"}}
+RESUMED = {"resumed": GRPO | FULL | {"resume": True}}
 FAILING = {"stopped": GRPO | {"save_every": 100}, "broken": GRPO}
+ALL = CASES | HALF | RESUMED | FAILING
 
 
 def prepare(folder):
@@ -101,7 +103,7 @@ def train_case(folder, name, n_processes, **more):
     load, set_up = grouprank.load_model, grouprank.set_up_training
     collect = grouprank.collect_rollouts
     cfg = grouprank.Config(model=str(folder / "model"), data=str(folder / "rows.jsonl"),
-                           out=str(out), **(COMMON | (CASES | FAILING)[name] | more))  # fmt: skip
+                           out=str(out), **(COMMON | ALL[name] | more))  # fmt: skip
     if name in REAL:
         cfg = dataclasses.replace(cfg, eval_data=cfg.data)
 
@@ -127,7 +129,7 @@ def train_case(folder, name, n_processes, **more):
         enter(replaced(grouprank, score_completion=reward_of_text, collect_rollouts=recorded))
         if name == "no-memory":
             enter(replaced(grouprank, completion_logprobs=no_memory_for_row_4))
-        if name not in REAL:
+        if name not in REAL | HALF:
             enter(replaced(grouprank, **in_float64))
             enter(replaced(grouprank.Job, decode=forced_answers))
         enter(contextlib.redirect_stdout(io.StringIO()))
@@ -150,6 +152,13 @@ def weights_after(out):
     return {path.name: torch.load(path, weights_only=True)["weights"] for path in paths}
 
 
+def keep_three_steps(out, copied):
+    """What a run of five steps would have left had it ended after three."""
+    shutil.copytree(out, copied)
+    for step in (4, 5):
+        (copied / f"checkpoints/grpo-{step:07d}.pt").unlink()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """All cases, trained by one process here and by two and four others."""
@@ -157,7 +166,9 @@ def folder(tmp_path_factory):
     prepare(folder)
     for name in CASES:
         train_case(folder, name, 1)
-    for n_processes, names in ((2, CASES), (4, ("grpo-lora", "grpo-full", "sft-full"))):
+    keep_three_steps(folder / "grpo-full-1", folder / "resumed-4")
+    others = (2, [*CASES, *HALF]), (4, ("grpo-lora", "grpo-full", "sft-full", "resumed"))
+    for n_processes, names in others:
         done = run_processes(n_processes, folder, *names)
         assert done.returncode == 0, done.stderr
     return folder
@@ -199,16 +210,37 @@ def test_real_rollouts_are_the_same_and_so_are_logs_and_models(folder, name):
 
 
 def test_resuming_with_another_number_of_processes(folder):
-    """Two processes stop after three of five steps; one goes on to the weights of one alone."""
+    """After three of five steps two go on as one, and one as four, to the weights of one alone."""
     for name in ("grpo-lora", "grpo-full"):
-        shutil.copytree(folder / f"{name}-2", folder / f"{name}-resumed-1")
-        for step in (4, 5):
-            (folder / f"{name}-resumed-1/checkpoints/grpo-{step:07d}.pt").unlink()
+        keep_three_steps(folder / f"{name}-2", folder / f"{name}-resumed-1")
         train_case(folder, name, "resumed-1", resume=True)
-        found = weights_after(folder / f"{name}-resumed-1")
+    for name, out in (("grpo-lora", "grpo-lora-resumed-1"), ("grpo-full", "grpo-full-resumed-1"),
+                      ("grpo-full", "resumed-4")):  # fmt: skip
+        found = weights_after(folder / out)
         for step, weights in weights_after(folder / f"{name}-1").items():
             for key, weight in weights.items():
                 assert (found[step][key] - weight).abs().max() < 1e-6
+
+
+def test_sharded_weights_are_trained_in_half_precision(folder):
+    """Two processes in bfloat16: masters in float32, close to the reference before the first step."""
+    first, last = weights_after(folder / "half-2").values()
+    assert {weight.dtype for weight in last.values()} == {torch.float32}
+    assert any((first[key] != last[key]).any() for key in first)
+    rows = [json.loads(line) for line in (folder / "half-2/metrics.jsonl").read_text().splitlines()]
+    assert 0 <= rows[0]["kl"] < 1e-3 and not any(row["skipped"] for row in rows)
+
+
+def test_copies_in_half_precision_keep_their_places():
+    """Rotary frequencies in bfloat16 would turn late positions by whole turns."""
+    model = tiny_model()
+    frozen = grouprank.frozen_copy(model, torch.device("cpu"), torch.bfloat16)
+    assert {weight.dtype for weight in frozen.parameters()} == {torch.bfloat16}
+    assert [b.dtype for b in frozen.buffers()] == [b.dtype for b in model.buffers()] != []
+    for copied, own in zip(frozen.buffers(), model.buffers(), strict=True):
+        assert copied is not own and copied.equal(own)
+    assert frozen.lm_head.weight is frozen.model.embed_tokens.weight  # still tied
+    assert model.lm_head.weight.dtype == torch.float32 and model.lm_head.weight.requires_grad
 
 
 def test_a_prompt_without_memory_is_dropped_and_counted_whoever_had_it(folder):

@@ -182,6 +182,21 @@ def test_what_a_server_does_not_tell_is_done_without(place, tmp_path, monkeypatc
         assert all("mismatch" not in row for row in rows)
 
 
+def test_an_end_that_is_not_told_is_the_tokenizers_own_and_processes_begin_at_different_servers(monkeypatch):
+    """Of several end tokens the chat's is the one that answers end with, not the lowest number."""
+    urls = [f"http://{name}:8000/v1" for name in "abcd"]
+    cfg = grouprank.Config(stage="grpo", rollout_endpoint=tuple(urls))
+    servers = grouprank.RolloutServers(cfg)
+    servers.tokenizer, servers.end_ids = byte_tokenizer(), [0, 2]
+    choice = {"text": "ok", "token_ids": [70], "finish_reason": "stop"}
+    assert servers.read_choice(choice).ids == [70, servers.tokenizer.eos_token_id]
+    assert servers.read_choice(choice | {"token_ids": [70, 0]}).ids == [70, 0]
+    assert servers.read_choice(choice | {"finish_reason": "length"}).ids == [70]
+    assert [server.url for server in servers.servers] == urls
+    monkeypatch.setattr(grouprank, "processes", lambda: (1, 2))
+    assert [s.url for s in grouprank.RolloutServers(cfg).servers] == urls[2:] + urls[:2]
+
+
 def test_an_unanswered_prompt_is_left_out_and_counted(place, tmp_path, monkeypatch, capsys):
     class Refusing(InferenceServer):
         def completions(self, body):
