@@ -60,7 +60,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -525,7 +524,7 @@ class PromptEncoder:
         limit = min(self.max_doc_tokens, even_limit([len(d) for d in documents], budget))
         if budget < len(texts):
             raise ValueError(
-                f"a prompt of {self.max_prompt_tokens} tokens has no room for {len(texts)}"
+                f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
                 f" documents: instructions and query take {fixed};"
                 " shorten the query, use fewer documents per group, or a longer context")
         block: list[int] = []
@@ -1649,6 +1648,47 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[t
     return answers
 
 
+def generate_in_parts(model, machine: Machine, prompts: list, seeds: list, *, cache_gib: float,
+                      again: bool = False, **options) -> list[list[list[int]]]:
+    """generate(); where memory runs out, with half the cache in two parts, then the next two.
+
+    First the prompts are split, then the answers of one prompt, which gets none if it fails
+    `again`. What is drawn does not depend on the split.
+    """
+    if not prompts:
+        return []
+    try:
+        with machine.autocast(), memory_errors():
+            return generate(model, prompts, seeds, cache_gib=cache_gib, **options)
+    except torch.OutOfMemoryError:
+        pass  # go on outside, where the tensors of the failed call are gone
+    free_memory(machine)
+    if again:
+        return [[]]
+    rest = functools.partial(generate_in_parts, model, machine, cache_gib=cache_gib / 2, **options)
+    if len(prompts) > 1:
+        half = len(prompts) // 2
+        return rest(prompts[:half], seeds[:half]) + rest(prompts[half:], seeds[half:])
+    half = len(seeds[0]) // 2
+    parts = [rest(prompts, [some], again=True)[0]
+             for some in (seeds[0][:half], seeds[0][half:]) if some]
+    return [[ids for part in parts for ids in part] if all(parts) else []]
+
+
+def free_memory(machine: Machine) -> None:
+    """After a failed pass: give memory back, and say once that it ran out."""
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    note_once("out of memory; such passes are halved and tried again, which costs time: lower"
+              " --max-tokens-per-pass or --cache-gib")
+
+
+@functools.cache
+def note_once(words: str) -> None:
+    """Print a note, unless this process did."""
+    print(f"note: {words}", flush=True)
+
+
 def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
     """Decoded ids up to and including the first end token."""
     stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
@@ -1963,8 +2003,8 @@ def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
     """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go.
 
     No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
-    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of the
-    processes: a run may be resumed by more or fewer of them.
+    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of
+    the processes: a run may be resumed by more or fewer of them.
     """
     if processes()[0]:
         return
@@ -2118,11 +2158,10 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     record: dict = field(default_factory=dict)  # what run.json says about this run
     stop: int = 0  # the signal that asked for a stop, 0 for none
-    short_of_memory: bool = False  # whether that was said already
     skipped: list[list[Pass]] = field(default_factory=list)  # the latest steps without an update
     policy: Policy | None = None
     replica: nn.Module | None = None  # with sharded weights: a whole copy of them, which decodes
-    servers: Callable | None = None  # with --rollout-endpoint: they decode, as RolloutServers has it
+    servers: Callable | None = None  # with --rollout-endpoint: they decode (RolloutServers)
     step: int = 0  # optimizer steps of the stage so far
 
     @property
@@ -2154,39 +2193,21 @@ class Job:
             for weight, sharded in pairs:
                 weight.copy_(sharded.full_tensor())
 
-    def decode(self, items: list[Item], seeds, temperature: float,
-               share: float = 1.0, again: bool = False) -> list[list[list[int]]]:
-        """Decode answers on this process.
+    def decode(self, items: list[Item], seeds, temperature: float) -> list[list[list[int]]]:
+        """Decode answers on this process; none for a prompt that memory does not suffice for.
 
         Nothing of the model's generation_config applies: a top_p or a repetition penalty would
-        make the sampled distribution another one than the trained. Where memory runs out, the
-        prompts are split, with half the cache (`share`), then the answers of one prompt; a prompt
-        that fails `again` gets no answers. What is drawn does not depend on the split.
+        make the sampled distribution another one than the trained.
         """
-        if not items:
-            return []
-        prompts = [item.prompt for item in items]
         model = self.model if self.replica is None else self.replica
-        cache_gib = share * cache_budget_gib(self.cfg, self.machine)
-        try:
-            with self.machine.autocast(), memory_errors():
-                return generate(model.eval(), prompts, seeds, temperature=temperature,
-                                max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
-                                cache_gib=cache_gib, shared=self.shared)
-        except torch.OutOfMemoryError:
-            pass  # go on outside, where the tensors of the failed call are gone
-        self.free_memory()
-        half = (len(items) + 1) // 2
-        if len(items) > 1:
-            return [answers for part in (slice(half), slice(half, None))
-                    for answers in self.decode(items[part], seeds[part], temperature, share / 2)]
-        if again:
-            print(f"note: row {items[0].id!r} is left out of this step: out of memory", flush=True)
-            return [[]]
-        draws, half = seeds[0], (len(seeds[0]) + 1) // 2
-        parts = [self.decode(items, [some], temperature, share / 2, again=True)[0]
-                 for some in (draws[:half], draws[half:]) if some]
-        return [[ids for part in parts for ids in part] if all(parts) else []]
+        answers = generate_in_parts(
+            model.eval(), self.machine, [item.prompt for item in items], seeds,
+            temperature=temperature, max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
+            cache_gib=cache_budget_gib(self.cfg, self.machine), shared=self.shared)
+        for item, found in zip(items, answers, strict=True):
+            if not found:
+                print(f"note: row {item.id!r} is left out of this step: out of memory", flush=True)
+        return answers
 
     def use_shared_prompts(self, on: bool) -> None:
         """Run prompts once for all their rollouts, or once for each."""
@@ -2198,15 +2219,6 @@ class Job:
         """An answer as the reward reads it: a special token inside it must not go unseen."""
         ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
         return decode_text(self.tokenizer, ids, special=True)
-
-    def free_memory(self) -> None:
-        """After a failed pass: give memory back, and say once that it ran out."""
-        if self.machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if not self.short_of_memory:
-            print("note: out of memory; such passes are halved and tried again, which costs time:"
-                  " lower --max-tokens-per-pass or --cache-gib", flush=True)
-        self.short_of_memory = True
 
 
 def cache_budget_gib(cfg: Config, machine: Machine) -> float:
@@ -2372,11 +2384,12 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
                run_pass: Callable[[Pass], dict]) -> Counter:
     """All forward and backward passes of this process's share of a step.
 
-    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass is halved, in place; a prompt that fails twice in a row is
-    dropped and counted. A backward pass that failed midway has added a part of its gradients, so
-    the step then starts again without any. The weights of the tokens stay what they were: the
-    split cannot change the gradient, and a dropped prompt adds none. Sharded weights allow no
-    second try, as the processes would no longer run as many passes.
+    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass
+    is halved, in place; a prompt that fails twice in a row is dropped and counted. A backward pass
+    that failed midway has added a part of its gradients, so the step then starts again without
+    any. The weights of the tokens stay what they were: the split cannot change the gradient, and a
+    dropped prompt adds none. Sharded weights allow no second try, as the processes would no longer
+    run as many passes.
     """
     n_dropped = 0
     while True:
@@ -2395,7 +2408,7 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
         else:
             return functools.reduce(lambda a, b: a.update(b) or a, gather(sums), Counter())
         optimizer.clear()
-        job.free_memory()
+        free_memory(job.machine)
         part = passes[number]
         if part.again:
             n_dropped += 1
@@ -3318,38 +3331,17 @@ class LocalModel:
                 places.append(i)
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
-        seeds = [[chats[i].seed] for i in places]
-        found = self.decode(prompts, seeds, self.cache_gib, temperature=temperature, top_p=top_p,
-                            progress=progress)
-        ends = end_token_ids(self.model, self.tokenizer)
+        end_ids = end_token_ids(self.model, self.tokenizer)
+        found = generate_in_parts(
+            self.model, self.machine, prompts, [[chats[i].seed] for i in places],
+            temperature=temperature, top_p=top_p, max_new_tokens=self.max_new_tokens,
+            end_ids=end_ids, cache_gib=self.cache_gib, shared=self.shared, progress=progress)
         for i, prompt, ids in zip(places, prompts, found, strict=True):
-            answers[i] = (Completion("", error="out of memory", hopeless=True) if ids is None else
-                          Completion(decode_text(self.tokenizer, ids), ids[-1] not in ends,
-                                     len(prompt), len(ids)))
+            answers[i] = Completion("", error="out of memory", hopeless=True)
+            if ids:
+                text, truncated = decode_text(self.tokenizer, ids[0]), ids[0][-1] not in end_ids
+                answers[i] = Completion(text, truncated, len(prompt), len(ids[0]))
         return answers
-
-    def decode(self, prompts: list, seeds: list, cache_gib: float, **options) -> list:
-        """Token ids of each answer; prompts are halved where memory runs out, None at a single one.
-
-        What is drawn does not depend on the split.
-        """
-        if not prompts:
-            return []
-        try:
-            with self.machine.autocast(), memory_errors():
-                answers = generate(self.model, prompts, seeds, max_new_tokens=self.max_new_tokens,
-                                   end_ids=end_token_ids(self.model, self.tokenizer),
-                                   cache_gib=cache_gib, shared=self.shared, **options)
-            return [ids for (ids,) in answers]
-        except torch.OutOfMemoryError:
-            pass  # go on outside, where the tensors of the failed call are gone
-        if self.machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(prompts) == 1:
-            return [None]
-        half = len(prompts) // 2
-        return [ids for part in (slice(half), slice(half, None))
-                for ids in self.decode(prompts[part], seeds[part], cache_gib / 2, **options)]
 
 
 @dataclass
@@ -3367,43 +3359,6 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_):
         """Follow none."""
-
-
-class TimedHTTP(http.client.HTTPConnection):
-    """Gives a response's first lines the time-out in all; urllib gives it to each byte."""
-
-    def getresponse(self):
-        """As always, but the server is hung up on in time."""
-        timer = threading.Timer(self.timeout, self.hang_up, [self.sock])
-        deadline = time.monotonic() + self.timeout
-        timer.start()
-        try:
-            return super().getresponse()
-        finally:
-            timer.cancel()
-            if time.monotonic() >= deadline:  # whatever became of the lines that were cut off
-                raise TimeoutError(f"no answer in {self.timeout:g} s")
-
-    def hang_up(self, connected: socket.socket) -> None:
-        """Let a read that waits come to an end."""
-        with contextlib.suppress(OSError):  # closed meanwhile
-            connected.shutdown(socket.SHUT_RDWR)
-
-
-class TimedHTTPS(TimedHTTP, http.client.HTTPSConnection):
-    """The same over TLS."""
-
-
-class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens both kinds of connections."""
-
-    def http_open(self, request):
-        """For http:// URLs."""
-        return self.do_open(TimedHTTP, request)
-
-    def https_open(self, request):
-        """For https:// URLs."""
-        return self.do_open(TimedHTTPS, request)
 
 
 def letters(text: str) -> str:
@@ -3454,7 +3409,7 @@ class Endpoint:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
-        self.opener = urllib.request.build_opener(NoRedirects, Opener)
+        self.opener = urllib.request.build_opener(NoRedirects)
         self.servers = [Server(u.rstrip("/")) for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock = threading.Lock()
@@ -3567,7 +3522,7 @@ class Endpoint:
     def post(self, url: str, body: dict) -> bytes:
         """Send one request and return the answer.
 
-        A silence of --timeout-s ends it, and so does an answer that is still incomplete then.
+        A silence of --timeout-s ends it, and so does a body that is still incomplete then.
         """
         headers = {"Content-Type": "application/json"}
         if self.key:
