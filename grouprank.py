@@ -3349,9 +3349,8 @@ class Server:
     """One URL of an endpoint, and how it has been doing."""
     url: str
     in_flight: int = 0
-    failures: int = 0  # in a row; requests that were in flight together fail once
-    failed_at: float = 0.0  # on time.monotonic()'s clock
-    rests_until: float = 0.0
+    failing: bool = False
+    rests_until: float = 0.0  # on time.monotonic()'s clock
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -3361,10 +3360,9 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none."""
 
 
-def letters(text: str) -> str:
-    """The letters and digits of a text, in lower case, also of one that JSON has escaped."""
-    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
-    return re.sub(r"\\+.|[\W_]", "", text).lower()
+def seed_of_request(seed: tuple[int | str, ...]) -> int:
+    """A number of 31 bits, as servers take them."""
+    return zlib.crc32(repr(seed).encode()) & 0x7FFFFFFF
 
 
 def without_prompt(words: str, body: dict) -> str:
@@ -3372,19 +3370,21 @@ def without_prompt(words: str, body: dict) -> str:
 
     They go to the screen and into the sidecar, where queries and documents have no place.
     """
+    def letters(text):  # and digits; a server may have put the text into JSON, also twice
+        return re.sub(r"\\+.|[\W_]", "", text).lower()
+
     asked = letters("\n".join(message["content"] for message in body.get("messages", ())))
     said, n = letters(words), 12
-    runs = {asked[i : i + n] for i in range(len(asked) - n + 1)}
-    repeats = any(said[i : i + n] in runs for i in range(len(said) - n + 1))
-    return "(its words repeat the prompt)" if repeats else words
+    repeats = any(said[i : i + n] in asked for i in range(len(said) - n + 1))
+    return "(its words may repeat the prompt)" if repeats or "\\u" in words else words
 
 
 class Endpoint:
     """Answers chats through OpenAI-compatible servers (POST URL/chat/completions).
 
     Requests go to the server with the fewest in flight. One that fails is set aside for a while,
-    longer each time, and then tried with one request before it gets its share again. Which server
-    answers, and when, never changes what is asked or the order of the answers.
+    and then tried with one request before it gets its share again. Which server answers, and when,
+    never changes what is asked or the order of the answers.
     """
 
     PATH = "/chat/completions"
@@ -3417,11 +3417,13 @@ class Endpoint:
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
+        n_letters = 4 * self.cfg.max_doc_tokens  # of a document: the server tokenises, not we
         return self.ask_all([
             {"model": self.model, "temperature": temperature, "top_p": top_p,
-             "messages": chat_messages(chat.prompt, chat.query, self.shorten(chat.texts)),
-             "max_tokens": self.cfg.max_new_tokens,
-             "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF} for chat in chats], progress)
+             "messages": chat_messages(chat.prompt, chat.query,
+                                       [text[:n_letters] for text in chat.texts]),
+             "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
+            for chat in chats], progress)
 
     def ask_all(self, bodies: Sequence[dict], progress: tqdm | None = None) -> list[Completion]:
         """Send all requests, `concurrency` at a time; results are in their order."""
@@ -3446,14 +3448,14 @@ class Endpoint:
         """
         jitter = random.Random(body["seed"])
         for attempt in range(self.tries):
-            started, server = time.monotonic(), self.take()
+            server = self.take()
             answer, asked_pause_s = self.try_once(server.url, body)
             if not answer.error or answer.hopeless:
-                self.give_back(server, started, 0.0)
+                self.give_back(server, 0.0)
                 return answer
             pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
             pause_s = min(pause_s if asked_pause_s is None else asked_pause_s, self.LONGEST_PAUSE_S)
-            other_is_ready = self.give_back(server, started, max(pause_s, 1e-9))
+            other_is_ready = self.give_back(server, max(pause_s, 10 * self.backoff_s))
             if attempt + 1 == self.tries or stop.wait(0.0 if other_is_ready else pause_s):
                 return Completion("", error=f"{answer.error} ({attempt + 1} tries)")
 
@@ -3464,21 +3466,16 @@ class Endpoint:
             ready = [server for server in self.servers if server.rests_until <= now]
             server = min(ready or self.servers, key=lambda server: server.in_flight)
             server.in_flight += 1
-            if server.failures:  # one request finds out whether it is back; the others wait for it
+            if server.failing:  # one request finds out whether it is back; the others wait for it
                 server.rests_until = now + self.cfg.timeout_s
             return server
 
-    def give_back(self, server: Server, started: float, pause_s: float) -> bool:
-        """Note how a server did, with pause 0 for well; returns whether another one is ready."""
+    def give_back(self, server: Server, rest_s: float) -> bool:
+        """Set a server aside for rest_s if it failed, 0 if not; is another one ready?"""
         with self.lock:
             now = time.monotonic()
             server.in_flight -= 1
-            if not pause_s:
-                server.failures, server.rests_until = 0, now
-            elif started > server.failed_at:
-                server.failures, server.failed_at = server.failures + 1, now
-                rest_s = max(pause_s, self.backoff_s * 2 ** min(server.failures, 10))
-                server.rests_until = now + min(rest_s, self.LONGEST_PAUSE_S)
+            server.failing, server.rests_until = rest_s > 0, now + rest_s
             return any(s.rests_until <= now for s in self.servers if s is not server)
 
     def try_once(self, url: str, body: dict) -> tuple[Completion, float | None]:
@@ -3489,35 +3486,28 @@ class Endpoint:
         try:
             return self.read(json.loads(self.post(url + self.PATH, body)), body), None
         except self.FAULTS as error:
-            words, code = self.describe(error, body), getattr(error, "code", 500)
+            code, words = getattr(error, "code", 500), self.describe(error, body)
             if code in self.FATAL:
                 raise ValueError(f"{url} answered {words}") from None
-            after = getattr(error, "headers", None) or {}
-            after = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", after.get("Retry-After", ""), re.A)
+            after = (getattr(error, "headers", None) or {}).get("Retry-After", "")
+            after_s = float(after) if re.fullmatch(r"[0-9]{1,9}", after) else None
             hopeless = code < 500 and code not in self.AGAIN
-            return Completion("", error=words, hopeless=hopeless), after and float(after[0])
+            return Completion("", error=words, hopeless=hopeless), after_s
 
     def describe(self, error: Exception, body: dict) -> str:
-        """What went wrong with a request, in the server's words where it has some."""
-        if not isinstance(error, urllib.error.HTTPError):
-            return f"{type(error).__name__}: {self.clean(first_line(error), body)}"
-        try:
-            with error:
-                words = error.read(3000).decode("utf-8", "replace")
-        except self.FAULTS:
-            words = "(its words were cut off)"
-        if error.code < 400:
+        """What went wrong with a request, in the server's words, without the key and the prompt."""
+        name, words = type(error).__name__, first_line(error)
+        if isinstance(error, urllib.error.HTTPError):
+            name = f"HTTP {error.code}"
             words = f"a redirect to {error.headers.get('Location')}; give that as the endpoint"
-        return f"HTTP {error.code}: {self.clean(words, body)}"
-
-    def clean(self, words: str, body: dict) -> str:
-        """What a server said, without the key and the prompt, which some repeat."""
+            if error.code >= 400:
+                try:
+                    words = error.read(3000).decode("utf-8", "replace")
+                except self.FAULTS:
+                    words = "(its words were cut off)"
+            error.close()
         words = words.replace(self.key, "***") if self.key else words
-        return without_prompt(visible(words), body)[:300]
-
-    def shorten(self, texts: Sequence[str]) -> list[str]:
-        """Cut documents at --max-doc-tokens, taken as four characters each: it tokenises itself."""
-        return [text[: 4 * self.cfg.max_doc_tokens] for text in texts]
+        return f"{name}: {without_prompt(visible(words), body)[:300]}"
 
     def post(self, url: str, body: dict) -> bytes:
         """Send one request and return the answer.
@@ -4188,16 +4178,16 @@ class RolloutServers(Endpoint):
         lacking = {}
         for server in self.servers:
             body = {"lora_name": name, "lora_path": str(folder.resolve())}
-            for attempt in range(1 if server.failures else self.tries):
+            for attempt in range(1 if server.failing else self.tries):
                 try:
                     self.post(f"{server.url}/load_lora_adapter", body)
                 except self.FAULTS as error:
                     lacking[server.url] = self.describe(error, body)
-                    server.failures += 1
+                    server.failing = True
                     time.sleep(self.backoff_s * 2**attempt)
                 else:
                     lacking.pop(server.url, None)
-                    server.failures = 0
+                    server.failing = False
                     break
         if len(lacking) == len(self.servers):
             raise ValueError(f"no --rollout-endpoint could load the adapter {folder}; the first"
@@ -4225,7 +4215,7 @@ class RolloutServers(Endpoint):
                 "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
                 "frequency_penalty": 0.0, "stop_token_ids": list(self.end_ids), "logprobs": 1,
                 "return_token_ids": True, "skip_special_tokens": False,
-                "seed": zlib.crc32(repr(seeds[0]).encode()) & 0x7FFFFFFF}
+                "seed": seed_of_request(seeds[0])}
 
     def read(self, answer: dict, body: dict) -> Completion:
         """The answers as token ids with log-probabilities; ValueError where they cannot be used."""

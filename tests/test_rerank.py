@@ -942,9 +942,9 @@ def test_idle_servers_are_asked_in_turn_and_busy_ones_are_spared():
     endpoint = grouprank.Endpoint("http://a/v1,http://b/v1", "x", grouprank.Config())
     a, b = endpoint.servers
     assert [endpoint.take() for _ in range(4)] == [a, b, a, b]
-    endpoint.give_back(b, 0.0, 0.0)
+    endpoint.give_back(b, 0.0)
     assert endpoint.take() is b
-    endpoint.give_back(b, time.monotonic(), 0.5)  # b fails: the next ones go to a, however busy
+    endpoint.give_back(b, 0.5)  # b fails: the next ones go to a, however busy
     assert [endpoint.take() for _ in range(3)] == [a, a, a] and a.in_flight == 5
 
 
@@ -1014,7 +1014,9 @@ def test_the_key_is_not_repeated_when_a_server_repeats_it(monkeypatch):
 
 def test_documents_for_a_server_are_cut_too():
     endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(max_doc_tokens=5))
-    assert endpoint.shorten(["word " * 100, "short"]) == ["word " * 4, "short"]
+    endpoint.ask_all = lambda bodies, progress: bodies
+    (body,) = endpoint([grouprank.Chat(grouprank.Prompt(), "q", ("word " * 100, "short"), (0,))], 0.0, 1.0)
+    assert body["messages"][-1]["content"].count("word ") == 4  # four characters for a token
 
 
 # --- Python -------------------------------------------------------------------------------------
