@@ -72,7 +72,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -1679,14 +1679,14 @@ def free_memory(machine: Machine) -> None:
     """After a failed pass: give memory back, and say once that it ran out."""
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
-    note_once("out of memory; such passes are halved and tried again, which costs time: lower"
-              " --max-tokens-per-pass or --cache-gib")
+    print_once("note: out of memory; such passes are halved and tried again, which costs time:"
+               " lower --max-tokens-per-pass or --cache-gib")
 
 
 @functools.cache
-def note_once(words: str) -> None:
-    """Print a note, unless this process did."""
-    print(f"note: {words}", flush=True)
+def print_once(words: str, file: TextIO | None = None) -> None:
+    """Print words, unless this process did."""
+    print(words, file=file, flush=True)
 
 
 def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
@@ -3323,25 +3323,23 @@ class LocalModel:
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, longest first, in batches that fit the cache budget."""
-        answers: list[Completion | None] = [None] * len(chats)
-        prompts, places = [], []
+        prompts, answers = {}, {}
         for i, chat in enumerate(chats):
             try:
-                prompts.append(self.encoder.encode(chat.prompt, chat.query, chat.texts)[0])
-                places.append(i)
+                prompts[i] = self.encoder.encode(chat.prompt, chat.query, chat.texts)[0]
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
         end_ids = end_token_ids(self.model, self.tokenizer)
         found = generate_in_parts(
-            self.model, self.machine, prompts, [[chats[i].seed] for i in places],
+            self.model, self.machine, list(prompts.values()), [[chats[i].seed] for i in prompts],
             temperature=temperature, top_p=top_p, max_new_tokens=self.max_new_tokens,
             end_ids=end_ids, cache_gib=self.cache_gib, shared=self.shared, progress=progress)
-        for i, prompt, ids in zip(places, prompts, found, strict=True):
+        for i, ids in zip(prompts, found, strict=True):
             answers[i] = Completion("", error="out of memory", hopeless=True)
             if ids:
                 text, truncated = decode_text(self.tokenizer, ids[0]), ids[0][-1] not in end_ids
-                answers[i] = Completion(text, truncated, len(prompt), len(ids[0]))
-        return answers
+                answers[i] = Completion(text, truncated, len(prompts[i]), len(ids[0]))
+        return [answers[i] for i in range(len(chats))]
 
 
 @dataclass
@@ -3399,13 +3397,10 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6,
                  backoff_s: float = 1.0):
-        urls = [u for u in re.split(r"[,\s]+", url) if u]
-        if any("@" in u or "?" in u for u in urls):
-            raise ValueError("--endpoint: a key in a URL ends up in logs; give it in"
-                             " OPENAI_API_KEY")
-        if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
-            raise ValueError(f"--endpoint {url}: give an http or https URL,"
-                             " such as http://host:8000/v1")
+        urls = url.replace(",", " ").split()
+        if not urls or not all(re.fullmatch("(?i)https?://[^@?]+", u) for u in urls):
+            raise ValueError("--endpoint: give an http or https URL, such as http://host:8000/v1,"
+                             " without a key, which goes into OPENAI_API_KEY and never into logs")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
@@ -3498,8 +3493,7 @@ class Endpoint:
         """What went wrong with a request, in the server's words, without the key and the prompt."""
         name, words = type(error).__name__, first_line(error)
         if isinstance(error, urllib.error.HTTPError):
-            name = f"HTTP {error.code}"
-            words = f"a redirect to {error.headers.get('Location')}; give that as the endpoint"
+            name, words = f"HTTP {error.code}", f"a redirect to {error.headers.get('Location')}"
             if error.code >= 400:
                 try:
                     words = error.read(3000).decode("utf-8", "replace")
@@ -3655,20 +3649,15 @@ def score_groups(backend: Backend, method: Method, queries: Sequence[Candidates]
     """Groupwise (Eq. 1) and pointwise: all groups of all rounds are independent prompts."""
     groups_of = [plan_query(query, cfg) for query in queries]
     ask_groups(backend, method, [g for groups in groups_of for g in groups], cfg, counts, progress)
-    rankings = []
-    for query, groups in zip(queries, groups_of, strict=True):
-        votes = gather_votes(query, groups)
-        means = [sum(v) / len(v) if v else None for v in votes]
-        rankings.append(fuse_ranking(query, groups, votes, means, cfg))
-    return rankings
+    return [fuse_ranking(query, groups, cfg)
+            for query, groups in zip(queries, groups_of, strict=True)]
 
 
 def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates], cfg: Config,
                   counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
     """Listwise: a query's windows wait for one another, so each place is asked for all at once.
 
-    The score is the place in the end, 10 for the first, 10 / N for the last of N. A window without
-    a usable answer keeps its order; a document that no usable window held has no score.
+    A window without a usable answer keeps its order.
     """
     orders = [list(range(len(query.ids))) for query in queries]
     groups_of: list[list[Group]] = [[] for _ in queries]
@@ -3684,13 +3673,8 @@ def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates
         ask_groups(backend, method, [group for group, _, _ in asked], cfg, counts, progress)
         for group, order, places in asked:
             order[places] = [group.docs[i] for i in order_candidates(group.scores)]
-    rankings = []
-    for query, order, groups in zip(queries, orders, groups_of, strict=True):
-        falling = {i: SCORE_MAX * (1 - place / len(order)) for place, i in enumerate(order)}
-        votes = gather_votes(query, groups)
-        means = [falling[i] if v else None for i, v in enumerate(votes)]
-        rankings.append(fuse_ranking(query, groups, votes, means, cfg))
-    return rankings
+    return [fuse_ranking(query, groups, cfg, order)
+            for query, groups, order in zip(queries, groups_of, orders, strict=True)]
 
 
 def planned_calls(query: Candidates, cfg: Config) -> int:
@@ -3710,19 +3694,21 @@ def plan_query(query: Candidates, cfg: Config) -> list[Group]:
             for t, round_groups in enumerate(plan) for m, docs in enumerate(round_groups)]
 
 
-def gather_votes(query: Candidates, groups: Sequence[Group]) -> list[list[int]]:
-    """The scores that each document got, one for each group that holds it."""
+def fuse_ranking(query: Candidates, groups: Sequence[Group], cfg: Config,
+                 places: list[int] | None = None) -> Ranking:
+    """Fuse each document's mean score with the first stage, and sort.
+
+    With the places that windows led to, these count instead of the mean: 10 for the first, 10 / N
+    for the last of N. A document that no usable group or window held has no score.
+    """
     votes: list[list[int]] = [[] for _ in query.ids]
     for group in groups:
         for position, score in zip(group.docs, group.scores, strict=True):
             if score is not None:
                 votes[position].append(score)
-    return votes
-
-
-def fuse_ranking(query: Candidates, groups: Sequence[Group], votes: list[list[int]],
-                 means: list[float | None], cfg: Config) -> Ranking:
-    """Fuse each document's mean score with the first stage, and sort."""
+    means = [sum(v) / len(v) if v else None for v in votes]
+    for place, i in enumerate(places or ()):
+        means[i] = SCORE_MAX * (1 - place / len(places)) if votes[i] else None
     finals = fuse_scores(means, query.scores, cfg.fusion_weight)
     order = order_candidates(finals)
     assert sorted(order) == list(range(len(query.ids))), "every document once"
@@ -3732,13 +3718,10 @@ def fuse_ranking(query: Candidates, groups: Sequence[Group], votes: list[list[in
 
 def carried_scores(ranking: Ranking) -> list[float]:
     """A falling score for each place of the ranking; an unscored document takes its neighbour's."""
-    finals = [ranking.finals[i] for i in ranking.order]
-    carried = next((score for score in finals if score is not None), 0.0)
-    scores = []
-    for score in finals:
-        carried = carried if score is None else score
-        scores.append(carried)
-    return scores
+    scores = [ranking.finals[i] for i in ranking.order]
+    first = next((score for score in scores if score is not None), 0.0)
+    carried = itertools.accumulate([first, *scores], lambda last, s: last if s is None else s)
+    return list(carried)[1:]
 
 
 def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection, Counter]:
@@ -3834,17 +3817,6 @@ def append_line(path: Path, line: dict) -> None:
         os.fsync(file.fileno())
 
 
-def describe_job_size(cfg: Config, prompt: Prompt, queries: Sequence[Candidates], backend) -> str:
-    """One line that would show a wrong setting before hours of calls."""
-    where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
-    sizes = {"groupwise": f"{cfg.grouping} groups of {cfg.docs_per_group}",
-             "listwise": f"windows of {cfg.window} by {cfg.step}", "pointwise": "one by one"}
-    return (f"rerank {cfg.method}: {len(queries)} queries, {sum(len(q.ids) for q in queries)}"
-            f" documents, {sizes[cfg.method]}, {cfg.rounds} round(s),"
-            f" {sum(planned_calls(q, cfg) for q in queries)} calls,"
-            f" model {cfg.model} on {where}, prompt {prompt.hash}")
-
-
 def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     """`--rerank` with a collection and a run; OUT.partial keeps finished batches until the end."""
     if not cfg.out:
@@ -3873,16 +3845,20 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
                 print(f"note: {n} {note}")
         backend = load_backend(cfg)
         spare_threads(backend.model)
-        print(describe_job_size(cfg, prompt, queries, backend), flush=True)
+        print(f"rerank {cfg.method}: {len(queries)} queries,"
+              f" {sum(planned_calls(query, cfg) for query in queries)} calls, model {cfg.model}"
+              f" on {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}", flush=True)
         if batches:
-            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries",
-                  flush=True)
+            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries")
         started = time.perf_counter()
         asked = SimpleNamespace(stop=0)
         with stop_on_signals(asked):
             for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True,
                                                         len(batches)):
-                run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+                run = {}
+                for query, ranking in zip(batch, rankings, strict=True):
+                    ids = [query.ids[i] for i in ranking.order]
+                    run[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
                 append_line(partial, batches[-1])
@@ -3895,11 +3871,6 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
                   "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
         write_reranked(out, rows, batches, record)
         partial.unlink()
-
-
-def ranked_pairs(query: Candidates, ranking: Ranking) -> list[tuple[str, float]]:
-    """(document id, falling score) of each place."""
-    return list(zip([query.ids[i] for i in ranking.order], carried_scores(ranking), strict=True))
 
 
 def write_reranked(out: Path, rows: dict, parts: Sequence[dict], record: dict) -> None:
@@ -3930,19 +3901,16 @@ def merge_shards(cfg: Config) -> None:
     out = Path(cfg.out)
     evaluate.refuse_overwrite(out, cfg.overwrite)
     name = re.compile(re.escape(out.name) + r"\.(\d+)-of-(\d+)")
-    found = {(int(m[2]), int(m[1])): path for path in out.parent.glob("*-of-*")
-             if (m := name.fullmatch(path.name))}
-    sizes = sorted({n_parts for n_parts, _ in found})
-    if len(sizes) != 1:
-        there = f"splits into {' and '.join(map(str, sizes))}" if sizes else "no split"
-        raise ValueError(f"{out}: --merge needs the parts {out.name}.1-of-N, {out.name}.2-of-N, ..."
-                         f" of one split beside it, there are those of {there}")
-    n_parts = sizes[0]
-    missing = [i for i in range(1, n_parts + 1) if (n_parts, i) not in found]
-    if missing:
-        raise ValueError(f"{out}: part {', '.join(map(str, missing))} of {n_parts} is missing")
+    found = {m[0]: int(m[2]) for path in out.parent.iterdir() if (m := name.fullmatch(path.name))}
+    n_parts = max(found.values(), default=1)
+    paths = [out.with_name(f"{out.name}.{i}-of-{n_parts}") for i in range(1, n_parts + 1)]
+    missing = [path.name for path in paths if path.name not in found]
+    if missing or len(found) != n_parts:
+        raise ValueError(f"{out}: --merge needs the parts of one split, {out.name}.1-of-N to"
+                         f" {out.name}.N-of-N, beside it; there are {', '.join(sorted(found))};"
+                         f" missing are {', '.join(missing) or 'none'}")
     parts, runs = [], []
-    for _, path in sorted(found.items()):
+    for path in paths:
         parts.append(read_sidecar(path))
         check_same_task(path, parts[-1]["task"], parts[0]["task"])
         runs.append(evaluate.read_run(path))
@@ -3958,7 +3926,7 @@ def merge_shards(cfg: Config) -> None:
 
 
 # Settings that a sweep may vary: those that a back end does not hold.
-SWEPT = (*evaluate.SWEPT, "seed", "run", "queries")
+SWEPT = (*evaluate.SWEPT, "seed")
 
 
 def read_sweep(items: Sequence[str]) -> list[dict]:
@@ -3970,14 +3938,8 @@ def read_sweep(items: Sequence[str]) -> list[dict]:
         if name not in SWEPT or name in values or not listed:
             raise ValueError(f"--sweep {item}: give NAME=V1,V2,... once for each NAME, which is one"
                              f" of {', '.join(flag(n)[2:] for n in SWEPT)}")
-        option = Config.__dataclass_fields__[name]
-        try:
-            values[name] = [type(option.default)(value) for value in listed.split(",")]
-        except ValueError:
-            raise ValueError(f"--sweep {item}: {flag(name)} takes numbers") from None
-        wrong = set(values[name]) - set(option.metadata["choices"] or values[name])
-        if wrong:
-            raise ValueError(f"--sweep {item}: {flag(name)} has no choice {sorted(wrong)[0]!r}")
+        given = [f"{flag(name)}={value}" for value in listed.split(",")]
+        values[name] = [getattr(build_parser().parse_args(["--rerank", g]), name) for g in given]
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
@@ -3996,29 +3958,24 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
     """`--sweep`: rerank one collection with each combination; lines that are there are kept."""
     path = Path(given.get("out") or "sweep.jsonl")
     combinations = read_sweep(items)
-    base, prompt = rerank_settings(given)
+    tasks = [rerank_settings(given | values) for values in combinations]
+    base, _ = tasks[0]
     if base.shard:
         raise ValueError("--shard splits a --rerank; a sweep goes over all queries")
-    tasks = [dataclasses.replace(base, **values) for values in combinations]
-    prompts = {base.method: prompt}
-    for method in {cfg.method for cfg in tasks} - {base.method}:
-        prompts[method] = rerank_settings(given | {"method": method})[1]
-    inputs = {(cfg.run, cfg.queries, cfg.top_k): cfg for cfg in tasks}
-    inputs = {key: read_candidates(cfg) for key, cfg in inputs.items()}
-    if not all(collection.qrels for _, collection, _ in inputs.values()):
+    if not (Path(base.data) / "qrels").is_dir():
         raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
     with open_journal(path, base) as lines:
         done = {json.dumps(line.get("task")): line for line in lines}
         backend = load_backend(base)
         spare_threads(backend.model)
         print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
-        for values, cfg in zip(combinations, tasks, strict=True):
-            queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
-            task = describe_task(cfg, prompts[cfg.method], queries)
+        for values, (cfg, prompt) in zip(combinations, tasks, strict=True):
+            queries, collection, _ = read_candidates(cfg)
+            task = describe_task(cfg, prompt, queries)
             line = done.get(json.dumps(task))
             if line is None:
                 counts, started = Counter(), time.perf_counter()
-                rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
+                rankings = rank_queries(backend, prompt, queries, cfg, counts, True)
                 seconds = time.perf_counter() - started
                 run = ranked_run(queries, [ranking.order for ranking in rankings])
                 line = {name: getattr(cfg, name) for name in SWEPT}
@@ -4110,10 +4067,6 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
 
     A prompt file that is not the wording the model was trained with is used, with a warning.
     """
-    known = {f.name for f in dataclasses.fields(Config)}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise ValueError(f"no such setting: {', '.join(unknown)}")
     meta_file = Path(given.get("model") or ".") / "meta.json"
     meta = {}
     if given.get("model") and meta_file.is_file():
@@ -4125,8 +4078,8 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
     if meta.get("prompt_hash", prompt.hash) != prompt.hash:
-        print(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one is"
-              f" {prompt.hash}: another wording can cost points silently", file=sys.stderr)
+        print_once(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one"
+                   f" is {prompt.hash}: another wording can cost points silently", sys.stderr)
     return cfg, prompt
 
 
@@ -4155,9 +4108,9 @@ class RolloutServers(Endpoint):
         self.tokenizer, self.end_ids = job.tokenizer, job.end_ids
         found = self.ask_all([self.request(item.prompt, own, temperature)
                               for item, own in zip(items, seeds, strict=True)])
-        n_answered = sum(gather(sum(bool(c.sampled) for c in found)))
-        errors = [error for part in gather([c.error for c in found if c.error]) for error in part]
-        if errors and not n_answered:
+        everywhere = [error for part in gather([c.error for c in found]) for error in part]
+        errors = [error for error in everywhere if error]
+        if errors and len(errors) == len(everywhere):
             raise ValueError(f"none of {len(errors)} prompts was answered by --rollout-endpoint;"
                              f" the first error: {errors[0]}; once the servers work, repeat the"
                              f" command with --resume --out {job.out}")

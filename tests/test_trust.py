@@ -409,7 +409,7 @@ def test_a_pass_without_memory_is_halved_and_no_gradient_counts_twice(
 ):
     cfg = dataclasses.replace(cfg, prompts_per_step=4)
     numbers, expected = step(cfg, tmp_path)
-    grouprank.note_once.cache_clear()
+    grouprank.print_once.cache_clear()
     failures = memory_for(monkeypatch, 270, backward)
     starved, gradients = step(cfg, tmp_path)
     assert len(failures) >= 2 and starved["dropped"] == 0
