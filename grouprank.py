@@ -3422,19 +3422,18 @@ class Endpoint:
 
     def ask_all(self, bodies: Sequence[dict], progress: tqdm | None = None) -> list[Completion]:
         """Send all requests, `concurrency` at a time; results are in their order."""
-        answers: list[Completion | None] = [None] * len(bodies)
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency) as pool:
-            waiting = {pool.submit(self.ask, body, stop): i for i, body in enumerate(bodies)}
+            answers = [pool.submit(self.ask, body, stop) for body in bodies]
             try:
-                for done in concurrent.futures.as_completed(waiting):
-                    answers[waiting[done]] = done.result()
+                for answer in concurrent.futures.as_completed(answers):
+                    answer.result()  # raises what no other request would get around
                     if progress is not None:
                         progress.update()
             finally:  # after an error or Ctrl-C: what is in flight ends, nothing is tried again
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-        return answers
+        return [answer.result() for answer in answers]
 
     def ask(self, body: dict, stop: threading.Event) -> Completion:
         """One request, tried again with growing pauses on 408, 429, 5xx, time-outs, half answers.
@@ -3920,9 +3919,8 @@ def merge_shards(cfg: Config) -> None:
     # Query j of part i is number (j - 1) * N + i of the collection: the order of one whole job.
     rounds = itertools.zip_longest(*(run.items() for run in runs))
     rows = {pair[0]: list(pair[1].items()) for pairs in rounds for pair in pairs if pair}
-    record = {name: parts[0][name] for name in ("config", "prompt_hash", "prompt", "notes", "task")}
-    record["config"] |= {"shard": "", "out": cfg.out}
-    write_reranked(out, rows, parts, record)
+    parts[0]["config"] |= {"shard": "", "out": cfg.out}
+    write_reranked(out, rows, parts, parts[0])
 
 
 # Settings that a sweep may vary: those that a back end does not hold.
@@ -4041,12 +4039,10 @@ class GroupRanker:
 
 def rerank_files(cfg: Config, prompt: Prompt) -> None:
     """`--rerank` with --query and --docs: print rank, score, document, then the reasoning."""
-    texts = []
-    for name in cfg.docs:
-        text = Path(name).read_text(encoding="utf-8", errors="replace").strip()
-        if not text:
-            raise ValueError(f"{name} is empty: give it text or leave it out")
-        texts.append(text)
+    texts = [Path(name).read_text(encoding="utf-8", errors="replace").strip() for name in cfg.docs]
+    if not all(texts):
+        name = cfg.docs[texts.index("")]
+        raise ValueError(f"{name} is empty: give it text or leave it out")
     backend = load_backend(cfg)
     spare_threads(backend.model)
     ranker = GroupRanker(backend, prompt, cfg)
@@ -4128,29 +4124,31 @@ class RolloutServers(Endpoint):
         if not self.model:  # what a stopped run left
             shutil.rmtree(folder.parent, ignore_errors=True)
         save_adapter(job.model, folder, job.cfg.model)
-        lacking = {}
-        for server in self.servers:
-            body = {"lora_name": name, "lora_path": str(folder.resolve())}
-            for attempt in range(1 if server.failing else self.tries):
-                try:
-                    self.post(f"{server.url}/load_lora_adapter", body)
-                except self.FAULTS as error:
-                    lacking[server.url] = self.describe(error, body)
-                    server.failing = True
-                    time.sleep(self.backoff_s * 2**attempt)
-                else:
-                    lacking.pop(server.url, None)
-                    server.failing = False
-                    break
-        if len(lacking) == len(self.servers):
+        errors = {server.url: self.load_on(server, name, folder) for server in self.servers}
+        if all(errors.values()):
             raise ValueError(f"no --rollout-endpoint could load the adapter {folder}; the first"
-                             f" error: {next(iter(lacking.items()))}; start vLLM as the README says")
-        for url, error in lacking.items():
-            print(f"note: {url} did not load the adapter of step {job.step} and is not asked:"
-                  f" {error}", flush=True)
+                             f" error: {next(iter(errors.items()))};"
+                             " start vLLM as the README says")
+        for url, error in errors.items():
+            if error:
+                print(f"note: {url} did not load the adapter of step {job.step} and is not asked:"
+                      f" {error}", flush=True)
         if self.model:
             self.unload_adapter(job.out / "rollouts" / self.model)
         return name
+
+    def load_on(self, server: Server, name: str, folder: Path) -> str:
+        """Have a server load an adapter; returns "", or what went wrong in the end."""
+        body = {"lora_name": name, "lora_path": str(folder.resolve())}
+        for attempt in range(1 if server.failing else self.tries):
+            try:
+                self.post(f"{server.url}/load_lora_adapter", body)
+                server.failing = False
+                return ""
+            except self.FAULTS as fault:
+                server.failing, error = True, self.describe(fault, body)
+                time.sleep(self.backoff_s * 2**attempt)
+        return error
 
     def unload_adapter(self, folder: Path) -> None:
         """Have every server forget an adapter, and delete it."""
