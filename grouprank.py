@@ -60,7 +60,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -73,7 +72,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -525,7 +524,7 @@ class PromptEncoder:
         limit = min(self.max_doc_tokens, even_limit([len(d) for d in documents], budget))
         if budget < len(texts):
             raise ValueError(
-                f"a prompt of {self.max_prompt_tokens} tokens has no room for {len(texts)}"
+                f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
                 f" documents: instructions and query take {fixed};"
                 " shorten the query, use fewer documents per group, or a longer context")
         block: list[int] = []
@@ -1668,6 +1667,47 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[t
     return answers
 
 
+def generate_in_parts(model, machine: Machine, prompts: list, seeds: list, *, cache_gib: float,
+                      again: bool = False, **options) -> list[list[list[int]]]:
+    """generate(); where memory runs out, with half the cache in two parts, then the next two.
+
+    First the prompts are split, then the answers of one prompt, which gets none if it fails
+    `again`. What is drawn does not depend on the split.
+    """
+    if not prompts:
+        return []
+    try:
+        with machine.autocast(), memory_errors():
+            return generate(model, prompts, seeds, cache_gib=cache_gib, **options)
+    except torch.OutOfMemoryError:
+        pass  # go on outside, where the tensors of the failed call are gone
+    free_memory(machine)
+    if again:
+        return [[]]
+    rest = functools.partial(generate_in_parts, model, machine, cache_gib=cache_gib / 2, **options)
+    if len(prompts) > 1:
+        half = len(prompts) // 2
+        return rest(prompts[:half], seeds[:half]) + rest(prompts[half:], seeds[half:])
+    half = len(seeds[0]) // 2
+    parts = [rest(prompts, [some], again=True)[0]
+             for some in (seeds[0][:half], seeds[0][half:]) if some]
+    return [[ids for part in parts for ids in part] if all(parts) else []]
+
+
+def free_memory(machine: Machine) -> None:
+    """After a failed pass: give memory back, and say once that it ran out."""
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    print_once("note: out of memory; such passes are halved and tried again, which costs time:"
+               " lower --max-tokens-per-pass or --cache-gib")
+
+
+@functools.cache
+def print_once(words: str, file: TextIO | None = None) -> None:
+    """Print words, unless this process did."""
+    print(words, file=file, flush=True)
+
+
 def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
     """Decoded ids up to and including the first end token."""
     stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
@@ -1982,8 +2022,8 @@ def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
     """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go.
 
     No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
-    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of the
-    processes: a run may be resumed by more or fewer of them.
+    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of
+    the processes: a run may be resumed by more or fewer of them.
     """
     if processes()[0]:
         return
@@ -2137,11 +2177,10 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     record: dict = field(default_factory=dict)  # what run.json says about this run
     stop: int = 0  # the signal that asked for a stop, 0 for none
-    short_of_memory: bool = False  # whether that was said already
     skipped: list[list[Pass]] = field(default_factory=list)  # the latest steps without an update
     policy: Policy | None = None
     replica: nn.Module | None = None  # with sharded weights: a whole copy of them, which decodes
-    servers: Callable | None = None  # with --rollout-endpoint: they decode, as RolloutServers has it
+    servers: Callable | None = None  # with --rollout-endpoint: they decode (RolloutServers)
     step: int = 0  # optimizer steps of the stage so far
 
     @property
@@ -2173,39 +2212,21 @@ class Job:
             for weight, sharded in pairs:
                 weight.copy_(sharded.full_tensor())
 
-    def decode(self, items: list[Item], seeds, temperature: float,
-               share: float = 1.0, again: bool = False) -> list[list[list[int]]]:
-        """Decode answers on this process.
+    def decode(self, items: list[Item], seeds, temperature: float) -> list[list[list[int]]]:
+        """Decode answers on this process; none for a prompt that memory does not suffice for.
 
         Nothing of the model's generation_config applies: a top_p or a repetition penalty would
-        make the sampled distribution another one than the trained. Where memory runs out, the
-        prompts are split, with half the cache (`share`), then the answers of one prompt; a prompt
-        that fails `again` gets no answers. What is drawn does not depend on the split.
+        make the sampled distribution another one than the trained.
         """
-        if not items:
-            return []
-        prompts = [item.prompt for item in items]
         model = self.model if self.replica is None else self.replica
-        cache_gib = share * cache_budget_gib(self.cfg, self.machine)
-        try:
-            with self.machine.autocast(), memory_errors():
-                return generate(model.eval(), prompts, seeds, temperature=temperature,
-                                max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
-                                cache_gib=cache_gib, shared=self.shared)
-        except torch.OutOfMemoryError:
-            pass  # go on outside, where the tensors of the failed call are gone
-        self.free_memory()
-        half = (len(items) + 1) // 2
-        if len(items) > 1:
-            return [answers for part in (slice(half), slice(half, None))
-                    for answers in self.decode(items[part], seeds[part], temperature, share / 2)]
-        if again:
-            print(f"note: row {items[0].id!r} is left out of this step: out of memory", flush=True)
-            return [[]]
-        draws, half = seeds[0], (len(seeds[0]) + 1) // 2
-        parts = [self.decode(items, [some], temperature, share / 2, again=True)[0]
-                 for some in (draws[:half], draws[half:]) if some]
-        return [[ids for part in parts for ids in part] if all(parts) else []]
+        answers = generate_in_parts(
+            model.eval(), self.machine, [item.prompt for item in items], seeds,
+            temperature=temperature, max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
+            cache_gib=cache_budget_gib(self.cfg, self.machine), shared=self.shared)
+        for item, found in zip(items, answers, strict=True):
+            if not found:
+                print(f"note: row {item.id!r} is left out of this step: out of memory", flush=True)
+        return answers
 
     def use_shared_prompts(self, on: bool) -> None:
         """Run prompts once for all their rollouts, or once for each."""
@@ -2217,15 +2238,6 @@ class Job:
         """An answer as the reward reads it: a special token inside it must not go unseen."""
         ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
         return decode_text(self.tokenizer, ids, special=True)
-
-    def free_memory(self) -> None:
-        """After a failed pass: give memory back, and say once that it ran out."""
-        if self.machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if not self.short_of_memory:
-            print("note: out of memory; such passes are halved and tried again, which costs time:"
-                  " lower --max-tokens-per-pass or --cache-gib", flush=True)
-        self.short_of_memory = True
 
 
 def cache_budget_gib(cfg: Config, machine: Machine) -> float:
@@ -2391,11 +2403,12 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
                run_pass: Callable[[Pass], dict]) -> Counter:
     """All forward and backward passes of this process's share of a step.
 
-    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass is halved, in place; a prompt that fails twice in a row is
-    dropped and counted. A backward pass that failed midway has added a part of its gradients, so
-    the step then starts again without any. The weights of the tokens stay what they were: the
-    split cannot change the gradient, and a dropped prompt adds none. Sharded weights allow no
-    second try, as the processes would no longer run as many passes.
+    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass
+    is halved, in place; a prompt that fails twice in a row is dropped and counted. A backward pass
+    that failed midway has added a part of its gradients, so the step then starts again without
+    any. The weights of the tokens stay what they were: the split cannot change the gradient, and a
+    dropped prompt adds none. Sharded weights allow no second try, as the processes would no longer
+    run as many passes.
     """
     n_dropped = 0
     while True:
@@ -2414,7 +2427,7 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
         else:
             return functools.reduce(lambda a, b: a.update(b) or a, gather(sums), Counter())
         optimizer.clear()
-        job.free_memory()
+        free_memory(job.machine)
         part = passes[number]
         if part.again:
             n_dropped += 1
@@ -3208,46 +3221,23 @@ class LocalModel:
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, longest first, in batches that fit the cache budget."""
-        answers: list[Completion | None] = [None] * len(chats)
-        prompts, places = [], []
+        prompts, answers = {}, {}
         for i, chat in enumerate(chats):
             try:
-                prompts.append(self.encoder.encode(chat.prompt, chat.query, chat.texts)[0])
-                places.append(i)
+                prompts[i] = self.encoder.encode(chat.prompt, chat.query, chat.texts)[0]
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
-        seeds = [[chats[i].seed] for i in places]
-        found = self.decode(prompts, seeds, self.cache_gib, temperature=temperature, top_p=top_p,
-                            progress=progress)
-        ends = end_token_ids(self.model, self.tokenizer)
-        for i, prompt, ids in zip(places, prompts, found, strict=True):
-            answers[i] = (Completion("", error="out of memory", hopeless=True) if ids is None else
-                          Completion(decode_text(self.tokenizer, ids), ids[-1] not in ends,
-                                     len(prompt), len(ids)))
-        return answers
-
-    def decode(self, prompts: list, seeds: list, cache_gib: float, **options) -> list:
-        """Token ids of each answer; prompts are halved where memory runs out, None at a single one.
-
-        What is drawn does not depend on the split.
-        """
-        if not prompts:
-            return []
-        try:
-            with self.machine.autocast(), memory_errors():
-                answers = generate(self.model, prompts, seeds, max_new_tokens=self.max_new_tokens,
-                                   end_ids=end_token_ids(self.model, self.tokenizer),
-                                   cache_gib=cache_gib, shared=self.shared, **options)
-            return [ids for (ids,) in answers]
-        except torch.OutOfMemoryError:
-            pass  # go on outside, where the tensors of the failed call are gone
-        if self.machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(prompts) == 1:
-            return [None]
-        half = len(prompts) // 2
-        return [ids for part in (slice(half), slice(half, None))
-                for ids in self.decode(prompts[part], seeds[part], cache_gib / 2, **options)]
+        end_ids = end_token_ids(self.model, self.tokenizer)
+        found = generate_in_parts(
+            self.model, self.machine, list(prompts.values()), [[chats[i].seed] for i in prompts],
+            temperature=temperature, top_p=top_p, max_new_tokens=self.max_new_tokens,
+            end_ids=end_ids, cache_gib=self.cache_gib, shared=self.shared, progress=progress)
+        for i, ids in zip(prompts, found, strict=True):
+            answers[i] = Completion("", error="out of memory", hopeless=True)
+            if ids:
+                text, truncated = decode_text(self.tokenizer, ids[0]), ids[0][-1] not in end_ids
+                answers[i] = Completion(text, truncated, len(prompts[i]), len(ids[0]))
+        return [answers[i] for i in range(len(chats))]
 
 
 @dataclass
@@ -3255,9 +3245,8 @@ class Server:
     """One URL of an endpoint, and how it has been doing."""
     url: str
     in_flight: int = 0
-    failures: int = 0  # in a row; requests that were in flight together fail once
-    failed_at: float = 0.0  # on time.monotonic()'s clock
-    rests_until: float = 0.0
+    failing: bool = False
+    rests_until: float = 0.0  # on time.monotonic()'s clock
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -3267,47 +3256,9 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none."""
 
 
-class TimedHTTP(http.client.HTTPConnection):
-    """Gives a response's first lines the time-out in all; urllib gives it to each byte."""
-
-    def getresponse(self):
-        """As always, but the server is hung up on in time."""
-        timer = threading.Timer(self.timeout, self.hang_up, [self.sock])
-        deadline = time.monotonic() + self.timeout
-        timer.start()
-        try:
-            return super().getresponse()
-        finally:
-            timer.cancel()
-            if time.monotonic() >= deadline:  # whatever became of the lines that were cut off
-                raise TimeoutError(f"no answer in {self.timeout:g} s")
-
-    def hang_up(self, connected: socket.socket) -> None:
-        """Let a read that waits come to an end."""
-        with contextlib.suppress(OSError):  # closed meanwhile
-            connected.shutdown(socket.SHUT_RDWR)
-
-
-class TimedHTTPS(TimedHTTP, http.client.HTTPSConnection):
-    """The same over TLS."""
-
-
-class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens both kinds of connections."""
-
-    def http_open(self, request):
-        """For http:// URLs."""
-        return self.do_open(TimedHTTP, request)
-
-    def https_open(self, request):
-        """For https:// URLs."""
-        return self.do_open(TimedHTTPS, request)
-
-
-def letters(text: str) -> str:
-    """The letters and digits of a text, in lower case, also of one that JSON has escaped."""
-    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
-    return re.sub(r"\\+.|[\W_]", "", text).lower()
+def seed_of_request(seed: tuple[int | str, ...]) -> int:
+    """A number of 31 bits, as servers take them."""
+    return zlib.crc32(repr(seed).encode()) & 0x7FFFFFFF
 
 
 def without_prompt(words: str, body: dict) -> str:
@@ -3315,19 +3266,21 @@ def without_prompt(words: str, body: dict) -> str:
 
     They go to the screen and into the sidecar, where queries and documents have no place.
     """
+    def letters(text):  # and digits; a server may have put the text into JSON, also twice
+        return re.sub(r"\\+.|[\W_]", "", text).lower()
+
     asked = letters("\n".join(message["content"] for message in body.get("messages", ())))
     said, n = letters(words), 12
-    runs = {asked[i : i + n] for i in range(len(asked) - n + 1)}
-    repeats = any(said[i : i + n] in runs for i in range(len(said) - n + 1))
-    return "(its words repeat the prompt)" if repeats else words
+    repeats = any(said[i : i + n] in asked for i in range(len(said) - n + 1))
+    return "(its words may repeat the prompt)" if repeats or "\\u" in words else words
 
 
 class Endpoint:
     """Answers chats through OpenAI-compatible servers (POST URL/chat/completions).
 
     Requests go to the server with the fewest in flight. One that fails is set aside for a while,
-    longer each time, and then tried with one request before it gets its share again. Which server
-    answers, and when, never changes what is asked or the order of the answers.
+    and then tried with one request before it gets its share again. Which server answers, and when,
+    never changes what is asked or the order of the answers.
     """
 
     PATH = "/chat/completions"
@@ -3342,17 +3295,14 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6,
                  backoff_s: float = 1.0):
-        urls = [u for u in re.split(r"[,\s]+", url) if u]
-        if any("@" in u or "?" in u for u in urls):
-            raise ValueError("--endpoint: a key in a URL ends up in logs; give it in"
-                             " OPENAI_API_KEY")
-        if not urls or not all(u.lower().startswith(("http://", "https://")) for u in urls):
-            raise ValueError(f"--endpoint {url}: give an http or https URL,"
-                             " such as http://host:8000/v1")
+        urls = url.replace(",", " ").split()
+        if not urls or not all(re.fullmatch("(?i)https?://[^@?]+", u) for u in urls):
+            raise ValueError("--endpoint: give an http or https URL, such as http://host:8000/v1,"
+                             " without a key, which goes into OPENAI_API_KEY and never into logs")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
-        self.opener = urllib.request.build_opener(NoRedirects, Opener)
+        self.opener = urllib.request.build_opener(NoRedirects)
         self.servers = [Server(u.rstrip("/")) for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock = threading.Lock()
@@ -3360,27 +3310,28 @@ class Endpoint:
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
+        n_letters = 4 * self.cfg.max_doc_tokens  # of a document: the server tokenises, not we
         return self.ask_all([
             {"model": self.model, "temperature": temperature, "top_p": top_p,
-             "messages": chat_messages(chat.prompt, chat.query, self.shorten(chat.texts)),
-             "max_tokens": self.cfg.max_new_tokens,
-             "seed": zlib.crc32(repr(chat.seed).encode()) & 0x7FFFFFFF} for chat in chats], progress)
+             "messages": chat_messages(chat.prompt, chat.query,
+                                       [text[:n_letters] for text in chat.texts]),
+             "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
+            for chat in chats], progress)
 
     def ask_all(self, bodies: Sequence[dict], progress: tqdm | None = None) -> list[Completion]:
         """Send all requests, `concurrency` at a time; results are in their order."""
-        answers: list[Completion | None] = [None] * len(bodies)
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency) as pool:
-            waiting = {pool.submit(self.ask, body, stop): i for i, body in enumerate(bodies)}
+            answers = [pool.submit(self.ask, body, stop) for body in bodies]
             try:
-                for done in concurrent.futures.as_completed(waiting):
-                    answers[waiting[done]] = done.result()
+                for answer in concurrent.futures.as_completed(answers):
+                    answer.result()  # raises what no other request would get around
                     if progress is not None:
                         progress.update()
             finally:  # after an error or Ctrl-C: what is in flight ends, nothing is tried again
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-        return answers
+        return [answer.result() for answer in answers]
 
     def ask(self, body: dict, stop: threading.Event) -> Completion:
         """One request, tried again with growing pauses on 408, 429, 5xx, time-outs, half answers.
@@ -3389,14 +3340,14 @@ class Endpoint:
         """
         jitter = random.Random(body["seed"])
         for attempt in range(self.tries):
-            started, server = time.monotonic(), self.take()
+            server = self.take()
             answer, asked_pause_s = self.try_once(server.url, body)
             if not answer.error or answer.hopeless:
-                self.give_back(server, started, 0.0)
+                self.give_back(server, 0.0)
                 return answer
             pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
             pause_s = min(pause_s if asked_pause_s is None else asked_pause_s, self.LONGEST_PAUSE_S)
-            other_is_ready = self.give_back(server, started, max(pause_s, 1e-9))
+            other_is_ready = self.give_back(server, max(pause_s, 10 * self.backoff_s))
             if attempt + 1 == self.tries or stop.wait(0.0 if other_is_ready else pause_s):
                 return Completion("", error=f"{answer.error} ({attempt + 1} tries)")
 
@@ -3407,21 +3358,16 @@ class Endpoint:
             ready = [server for server in self.servers if server.rests_until <= now]
             server = min(ready or self.servers, key=lambda server: server.in_flight)
             server.in_flight += 1
-            if server.failures:  # one request finds out whether it is back; the others wait for it
+            if server.failing:  # one request finds out whether it is back; the others wait for it
                 server.rests_until = now + self.cfg.timeout_s
             return server
 
-    def give_back(self, server: Server, started: float, pause_s: float) -> bool:
-        """Note how a server did, with pause 0 for well; returns whether another one is ready."""
+    def give_back(self, server: Server, rest_s: float) -> bool:
+        """Set a server aside for rest_s if it failed, 0 if not; is another one ready?"""
         with self.lock:
             now = time.monotonic()
             server.in_flight -= 1
-            if not pause_s:
-                server.failures, server.rests_until = 0, now
-            elif started > server.failed_at:
-                server.failures, server.failed_at = server.failures + 1, now
-                rest_s = max(pause_s, self.backoff_s * 2 ** min(server.failures, 10))
-                server.rests_until = now + min(rest_s, self.LONGEST_PAUSE_S)
+            server.failing, server.rests_until = rest_s > 0, now + rest_s
             return any(s.rests_until <= now for s in self.servers if s is not server)
 
     def try_once(self, url: str, body: dict) -> tuple[Completion, float | None]:
@@ -3432,40 +3378,32 @@ class Endpoint:
         try:
             return self.read(json.loads(self.post(url + self.PATH, body)), body), None
         except self.FAULTS as error:
-            words, code = self.describe(error, body), getattr(error, "code", 500)
+            code, words = getattr(error, "code", 500), self.describe(error, body)
             if code in self.FATAL:
                 raise ValueError(f"{url} answered {words}") from None
-            after = getattr(error, "headers", None) or {}
-            after = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", after.get("Retry-After", ""), re.A)
+            after = (getattr(error, "headers", None) or {}).get("Retry-After", "")
+            after_s = float(after) if re.fullmatch(r"[0-9]{1,9}", after) else None
             hopeless = code < 500 and code not in self.AGAIN
-            return Completion("", error=words, hopeless=hopeless), after and float(after[0])
+            return Completion("", error=words, hopeless=hopeless), after_s
 
     def describe(self, error: Exception, body: dict) -> str:
-        """What went wrong with a request, in the server's words where it has some."""
-        if not isinstance(error, urllib.error.HTTPError):
-            return f"{type(error).__name__}: {self.clean(first_line(error), body)}"
-        try:
-            with error:
-                words = error.read(3000).decode("utf-8", "replace")
-        except self.FAULTS:
-            words = "(its words were cut off)"
-        if error.code < 400:
-            words = f"a redirect to {error.headers.get('Location')}; give that as the endpoint"
-        return f"HTTP {error.code}: {self.clean(words, body)}"
-
-    def clean(self, words: str, body: dict) -> str:
-        """What a server said, without the key and the prompt, which some repeat."""
+        """What went wrong with a request, in the server's words, without the key and the prompt."""
+        name, words = type(error).__name__, first_line(error)
+        if isinstance(error, urllib.error.HTTPError):
+            name, words = f"HTTP {error.code}", f"a redirect to {error.headers.get('Location')}"
+            if error.code >= 400:
+                try:
+                    words = error.read(3000).decode("utf-8", "replace")
+                except self.FAULTS:
+                    words = "(its words were cut off)"
+            error.close()
         words = words.replace(self.key, "***") if self.key else words
-        return without_prompt(visible(words), body)[:300]
-
-    def shorten(self, texts: Sequence[str]) -> list[str]:
-        """Cut documents at --max-doc-tokens, taken as four characters each: it tokenises itself."""
-        return [text[: 4 * self.cfg.max_doc_tokens] for text in texts]
+        return f"{name}: {without_prompt(visible(words), body)[:300]}"
 
     def post(self, url: str, body: dict) -> bytes:
         """Send one request and return the answer.
 
-        A silence of --timeout-s ends it, and so does an answer that is still incomplete then.
+        A silence of --timeout-s ends it, and so does a body that is still incomplete then.
         """
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -3608,20 +3546,15 @@ def score_groups(backend: Backend, method: Method, queries: Sequence[Candidates]
     """Groupwise (Eq. 1) and pointwise: all groups of all rounds are independent prompts."""
     groups_of = [plan_query(query, cfg) for query in queries]
     ask_groups(backend, method, [g for groups in groups_of for g in groups], cfg, counts, progress)
-    rankings = []
-    for query, groups in zip(queries, groups_of, strict=True):
-        votes = gather_votes(query, groups)
-        means = [sum(v) / len(v) if v else None for v in votes]
-        rankings.append(fuse_ranking(query, groups, votes, means, cfg))
-    return rankings
+    return [fuse_ranking(query, groups, cfg)
+            for query, groups in zip(queries, groups_of, strict=True)]
 
 
 def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates], cfg: Config,
                   counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
     """Listwise: a query's windows wait for one another, so each place is asked for all at once.
 
-    The score is the place in the end, 10 for the first, 10 / N for the last of N. A window without
-    a usable answer keeps its order; a document that no usable window held has no score.
+    A window without a usable answer keeps its order.
     """
     orders = [list(range(len(query.ids))) for query in queries]
     groups_of: list[list[Group]] = [[] for _ in queries]
@@ -3637,13 +3570,8 @@ def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates
         ask_groups(backend, method, [group for group, _, _ in asked], cfg, counts, progress)
         for group, order, places in asked:
             order[places] = [group.docs[i] for i in order_candidates(group.scores)]
-    rankings = []
-    for query, order, groups in zip(queries, orders, groups_of, strict=True):
-        falling = {i: SCORE_MAX * (1 - place / len(order)) for place, i in enumerate(order)}
-        votes = gather_votes(query, groups)
-        means = [falling[i] if v else None for i, v in enumerate(votes)]
-        rankings.append(fuse_ranking(query, groups, votes, means, cfg))
-    return rankings
+    return [fuse_ranking(query, groups, cfg, order)
+            for query, groups, order in zip(queries, groups_of, orders, strict=True)]
 
 
 def planned_calls(query: Candidates, cfg: Config) -> int:
@@ -3663,19 +3591,21 @@ def plan_query(query: Candidates, cfg: Config) -> list[Group]:
             for t, round_groups in enumerate(plan) for m, docs in enumerate(round_groups)]
 
 
-def gather_votes(query: Candidates, groups: Sequence[Group]) -> list[list[int]]:
-    """The scores that each document got, one for each group that holds it."""
+def fuse_ranking(query: Candidates, groups: Sequence[Group], cfg: Config,
+                 places: list[int] | None = None) -> Ranking:
+    """Fuse each document's mean score with the first stage, and sort.
+
+    With the places that windows led to, these count instead of the mean: 10 for the first, 10 / N
+    for the last of N. A document that no usable group or window held has no score.
+    """
     votes: list[list[int]] = [[] for _ in query.ids]
     for group in groups:
         for position, score in zip(group.docs, group.scores, strict=True):
             if score is not None:
                 votes[position].append(score)
-    return votes
-
-
-def fuse_ranking(query: Candidates, groups: Sequence[Group], votes: list[list[int]],
-                 means: list[float | None], cfg: Config) -> Ranking:
-    """Fuse each document's mean score with the first stage, and sort."""
+    means = [sum(v) / len(v) if v else None for v in votes]
+    for place, i in enumerate(places or ()):
+        means[i] = SCORE_MAX * (1 - place / len(places)) if votes[i] else None
     finals = fuse_scores(means, query.scores, cfg.fusion_weight)
     order = order_candidates(finals)
     assert sorted(order) == list(range(len(query.ids))), "every document once"
@@ -3685,13 +3615,10 @@ def fuse_ranking(query: Candidates, groups: Sequence[Group], votes: list[list[in
 
 def carried_scores(ranking: Ranking) -> list[float]:
     """A falling score for each place of the ranking; an unscored document takes its neighbour's."""
-    finals = [ranking.finals[i] for i in ranking.order]
-    carried = next((score for score in finals if score is not None), 0.0)
-    scores = []
-    for score in finals:
-        carried = carried if score is None else score
-        scores.append(carried)
-    return scores
+    scores = [ranking.finals[i] for i in ranking.order]
+    first = next((score for score in scores if score is not None), 0.0)
+    carried = itertools.accumulate([first, *scores], lambda last, s: last if s is None else s)
+    return list(carried)[1:]
 
 
 def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection, Counter]:
@@ -3787,17 +3714,6 @@ def append_line(path: Path, line: dict) -> None:
         os.fsync(file.fileno())
 
 
-def describe_job_size(cfg: Config, prompt: Prompt, queries: Sequence[Candidates], backend) -> str:
-    """One line that would show a wrong setting before hours of calls."""
-    where = cfg.endpoint or f"{backend.machine.device}, {backend.machine.dtype}"
-    sizes = {"groupwise": f"{cfg.grouping} groups of {cfg.docs_per_group}",
-             "listwise": f"windows of {cfg.window} by {cfg.step}", "pointwise": "one by one"}
-    return (f"rerank {cfg.method}: {len(queries)} queries, {sum(len(q.ids) for q in queries)}"
-            f" documents, {sizes[cfg.method]}, {cfg.rounds} round(s),"
-            f" {sum(planned_calls(q, cfg) for q in queries)} calls,"
-            f" model {cfg.model} on {where}, prompt {prompt.hash}")
-
-
 def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     """`--rerank` with a collection and a run; OUT.partial keeps finished batches until the end."""
     if not cfg.out:
@@ -3826,16 +3742,20 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
                 print(f"note: {n} {note}")
         backend = load_backend(cfg)
         spare_threads(backend.model)
-        print(describe_job_size(cfg, prompt, queries, backend), flush=True)
+        print(f"rerank {cfg.method}: {len(queries)} queries,"
+              f" {sum(planned_calls(query, cfg) for query in queries)} calls, model {cfg.model}"
+              f" on {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}", flush=True)
         if batches:
-            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries",
-                  flush=True)
+            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries")
         started = time.perf_counter()
         asked = SimpleNamespace(stop=0)
         with stop_on_signals(asked):
             for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True,
                                                         len(batches)):
-                run = {q.qid: ranked_pairs(q, r) for q, r in zip(batch, rankings, strict=True)}
+                run = {}
+                for query, ranking in zip(batch, rankings, strict=True):
+                    ids = [query.ids[i] for i in ranking.order]
+                    run[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
                 append_line(partial, batches[-1])
@@ -3848,11 +3768,6 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
                   "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
         write_reranked(out, rows, batches, record)
         partial.unlink()
-
-
-def ranked_pairs(query: Candidates, ranking: Ranking) -> list[tuple[str, float]]:
-    """(document id, falling score) of each place."""
-    return list(zip([query.ids[i] for i in ranking.order], carried_scores(ranking), strict=True))
 
 
 def write_reranked(out: Path, rows: dict, parts: Sequence[dict], record: dict) -> None:
@@ -3883,19 +3798,16 @@ def merge_shards(cfg: Config) -> None:
     out = Path(cfg.out)
     evaluate.refuse_overwrite(out, cfg.overwrite)
     name = re.compile(re.escape(out.name) + r"\.(\d+)-of-(\d+)")
-    found = {(int(m[2]), int(m[1])): path for path in out.parent.glob("*-of-*")
-             if (m := name.fullmatch(path.name))}
-    sizes = sorted({n_parts for n_parts, _ in found})
-    if len(sizes) != 1:
-        there = f"splits into {' and '.join(map(str, sizes))}" if sizes else "no split"
-        raise ValueError(f"{out}: --merge needs the parts {out.name}.1-of-N, {out.name}.2-of-N, ..."
-                         f" of one split beside it, there are those of {there}")
-    n_parts = sizes[0]
-    missing = [i for i in range(1, n_parts + 1) if (n_parts, i) not in found]
-    if missing:
-        raise ValueError(f"{out}: part {', '.join(map(str, missing))} of {n_parts} is missing")
+    found = {m[0]: int(m[2]) for path in out.parent.iterdir() if (m := name.fullmatch(path.name))}
+    n_parts = max(found.values(), default=1)
+    paths = [out.with_name(f"{out.name}.{i}-of-{n_parts}") for i in range(1, n_parts + 1)]
+    missing = [path.name for path in paths if path.name not in found]
+    if missing or len(found) != n_parts:
+        raise ValueError(f"{out}: --merge needs the parts of one split, {out.name}.1-of-N to"
+                         f" {out.name}.N-of-N, beside it; there are {', '.join(sorted(found))};"
+                         f" missing are {', '.join(missing) or 'none'}")
     parts, runs = [], []
-    for _, path in sorted(found.items()):
+    for path in paths:
         parts.append(read_sidecar(path))
         check_same_task(path, parts[-1]["task"], parts[0]["task"])
         runs.append(evaluate.read_run(path))
@@ -3905,13 +3817,12 @@ def merge_shards(cfg: Config) -> None:
     # Query j of part i is number (j - 1) * N + i of the collection: the order of one whole job.
     rounds = itertools.zip_longest(*(run.items() for run in runs))
     rows = {pair[0]: list(pair[1].items()) for pairs in rounds for pair in pairs if pair}
-    record = {name: parts[0][name] for name in ("config", "prompt_hash", "prompt", "notes", "task")}
-    record["config"] |= {"shard": "", "out": cfg.out}
-    write_reranked(out, rows, parts, record)
+    parts[0]["config"] |= {"shard": "", "out": cfg.out}
+    write_reranked(out, rows, parts, parts[0])
 
 
 # Settings that a sweep may vary: those that a back end does not hold.
-SWEPT = (*evaluate.SWEPT, "seed", "run", "queries")
+SWEPT = (*evaluate.SWEPT, "seed")
 
 
 def read_sweep(items: Sequence[str]) -> list[dict]:
@@ -3923,14 +3834,8 @@ def read_sweep(items: Sequence[str]) -> list[dict]:
         if name not in SWEPT or name in values or not listed:
             raise ValueError(f"--sweep {item}: give NAME=V1,V2,... once for each NAME, which is one"
                              f" of {', '.join(flag(n)[2:] for n in SWEPT)}")
-        option = Config.__dataclass_fields__[name]
-        try:
-            values[name] = [type(option.default)(value) for value in listed.split(",")]
-        except ValueError:
-            raise ValueError(f"--sweep {item}: {flag(name)} takes numbers") from None
-        wrong = set(values[name]) - set(option.metadata["choices"] or values[name])
-        if wrong:
-            raise ValueError(f"--sweep {item}: {flag(name)} has no choice {sorted(wrong)[0]!r}")
+        given = [f"{flag(name)}={value}" for value in listed.split(",")]
+        values[name] = [getattr(build_parser().parse_args(["--rerank", g]), name) for g in given]
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
@@ -3949,29 +3854,24 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
     """`--sweep`: rerank one collection with each combination; lines that are there are kept."""
     path = Path(given.get("out") or "sweep.jsonl")
     combinations = read_sweep(items)
-    base, prompt = rerank_settings(given)
+    tasks = [rerank_settings(given | values) for values in combinations]
+    base, _ = tasks[0]
     if base.shard:
         raise ValueError("--shard splits a --rerank; a sweep goes over all queries")
-    tasks = [dataclasses.replace(base, **values) for values in combinations]
-    prompts = {base.method: prompt}
-    for method in {cfg.method for cfg in tasks} - {base.method}:
-        prompts[method] = rerank_settings(given | {"method": method})[1]
-    inputs = {(cfg.run, cfg.queries, cfg.top_k): cfg for cfg in tasks}
-    inputs = {key: read_candidates(cfg) for key, cfg in inputs.items()}
-    if not all(collection.qrels for _, collection, _ in inputs.values()):
+    if not (Path(base.data) / "qrels").is_dir():
         raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
     with open_journal(path, base) as lines:
         done = {json.dumps(line.get("task")): line for line in lines}
         backend = load_backend(base)
         spare_threads(backend.model)
         print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
-        for values, cfg in zip(combinations, tasks, strict=True):
-            queries, collection, _ = inputs[cfg.run, cfg.queries, cfg.top_k]
-            task = describe_task(cfg, prompts[cfg.method], queries)
+        for values, (cfg, prompt) in zip(combinations, tasks, strict=True):
+            queries, collection, _ = read_candidates(cfg)
+            task = describe_task(cfg, prompt, queries)
             line = done.get(json.dumps(task))
             if line is None:
                 counts, started = Counter(), time.perf_counter()
-                rankings = rank_queries(backend, prompts[cfg.method], queries, cfg, counts, True)
+                rankings = rank_queries(backend, prompt, queries, cfg, counts, True)
                 seconds = time.perf_counter() - started
                 run = ranked_run(queries, [ranking.order for ranking in rankings])
                 line = {name: getattr(cfg, name) for name in SWEPT}
@@ -4037,12 +3937,10 @@ class GroupRanker:
 
 def rerank_files(cfg: Config, prompt: Prompt) -> None:
     """`--rerank` with --query and --docs: print rank, score, document, then the reasoning."""
-    texts = []
-    for name in cfg.docs:
-        text = Path(name).read_text(encoding="utf-8", errors="replace").strip()
-        if not text:
-            raise ValueError(f"{name} is empty: give it text or leave it out")
-        texts.append(text)
+    texts = [Path(name).read_text(encoding="utf-8", errors="replace").strip() for name in cfg.docs]
+    if not all(texts):
+        name = cfg.docs[texts.index("")]
+        raise ValueError(f"{name} is empty: give it text or leave it out")
     backend = load_backend(cfg)
     spare_threads(backend.model)
     ranker = GroupRanker(backend, prompt, cfg)
@@ -4063,10 +3961,6 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
 
     A prompt file that is not the wording the model was trained with is used, with a warning.
     """
-    known = {f.name for f in dataclasses.fields(Config)}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise ValueError(f"no such setting: {', '.join(unknown)}")
     meta_file = Path(given.get("model") or ".") / "meta.json"
     meta = {}
     if given.get("model") and meta_file.is_file():
@@ -4078,8 +3972,8 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
     if meta.get("prompt_hash", prompt.hash) != prompt.hash:
-        print(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one is"
-              f" {prompt.hash}: another wording can cost points silently", file=sys.stderr)
+        print_once(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one"
+                   f" is {prompt.hash}: another wording can cost points silently", sys.stderr)
     return cfg, prompt
 
 
@@ -4112,9 +4006,9 @@ class RolloutServers(Endpoint):
         self.tokenizer, self.end_ids = job.tokenizer, job.end_ids
         found = self.ask_all([self.request(item.prompt, own, temperature)
                               for item, own in zip(items, seeds, strict=True)])
-        n_answered = sum(gather(sum(bool(c.sampled) for c in found)))
-        errors = [error for part in gather([c.error for c in found if c.error]) for error in part]
-        if errors and not n_answered:
+        everywhere = [error for part in gather([c.error for c in found]) for error in part]
+        errors = [error for error in everywhere if error]
+        if errors and len(errors) == len(everywhere):
             raise ValueError(f"none of {len(errors)} prompts was answered by --rollout-endpoint;"
                              f" the first error: {errors[0]}; once the servers work, repeat the"
                              f" command with --resume --out {job.out}")
@@ -4132,29 +4026,31 @@ class RolloutServers(Endpoint):
         if not self.model:  # what a stopped run left
             shutil.rmtree(folder.parent, ignore_errors=True)
         save_adapter(job.model, folder, job.cfg.model)
-        lacking = {}
-        for server in self.servers:
-            body = {"lora_name": name, "lora_path": str(folder.resolve())}
-            for attempt in range(1 if server.failures else self.tries):
-                try:
-                    self.post(f"{server.url}/load_lora_adapter", body)
-                except self.FAULTS as error:
-                    lacking[server.url] = self.describe(error, body)
-                    server.failures += 1
-                    time.sleep(self.backoff_s * 2**attempt)
-                else:
-                    lacking.pop(server.url, None)
-                    server.failures = 0
-                    break
-        if len(lacking) == len(self.servers):
+        errors = {server.url: self.load_on(server, name, folder) for server in self.servers}
+        if all(errors.values()):
             raise ValueError(f"no --rollout-endpoint could load the adapter {folder}; the first"
-                             f" error: {next(iter(lacking.items()))}; start vLLM as the README says")
-        for url, error in lacking.items():
-            print(f"note: {url} did not load the adapter of step {job.step} and is not asked:"
-                  f" {error}", flush=True)
+                             f" error: {next(iter(errors.items()))};"
+                             " start vLLM as the README says")
+        for url, error in errors.items():
+            if error:
+                print(f"note: {url} did not load the adapter of step {job.step} and is not asked:"
+                      f" {error}", flush=True)
         if self.model:
             self.unload_adapter(job.out / "rollouts" / self.model)
         return name
+
+    def load_on(self, server: Server, name: str, folder: Path) -> str:
+        """Have a server load an adapter; returns "", or what went wrong in the end."""
+        body = {"lora_name": name, "lora_path": str(folder.resolve())}
+        for attempt in range(1 if server.failing else self.tries):
+            try:
+                self.post(f"{server.url}/load_lora_adapter", body)
+                server.failing = False
+                return ""
+            except self.FAULTS as fault:
+                server.failing, error = True, self.describe(fault, body)
+                time.sleep(self.backoff_s * 2**attempt)
+        return error
 
     def unload_adapter(self, folder: Path) -> None:
         """Have every server forget an adapter, and delete it."""
@@ -4172,7 +4068,7 @@ class RolloutServers(Endpoint):
                 "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
                 "frequency_penalty": 0.0, "stop_token_ids": list(self.end_ids), "logprobs": 1,
                 "return_token_ids": True, "skip_special_tokens": False,
-                "seed": zlib.crc32(repr(seeds[0]).encode()) & 0x7FFFFFFF}
+                "seed": seed_of_request(seeds[0])}
 
     def read(self, answer: dict, body: dict) -> Completion:
         """The answers as token ids with log-probabilities; ValueError where they cannot be used."""
