@@ -1982,8 +1982,8 @@ def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
     """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go.
 
     No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
-    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of the
-    processes: a run may be resumed by more or fewer of them.
+    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of
+    the processes: a run may be resumed by more or fewer of them.
     """
     if processes()[0]:
         return
@@ -2008,7 +2008,9 @@ def last_state(folder: Path, stage: str, run: str = "") -> dict | None:
     found = sorted(folder.glob(f"{stage}-*.pt"), reverse=True)
     for path in found:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Several processes of a machine share one copy, of 12 bytes a trained parameter.
+            state = torch.load(path, map_location="cpu", weights_only=True,
+                               mmap=processes()[1] > 1)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             print(f"note: {path} is unreadable ({first_line(error)}); trying the one before it")
             continue
@@ -2391,11 +2393,12 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
                run_pass: Callable[[Pass], dict]) -> Counter:
     """All forward and backward passes of this process's share of a step.
 
-    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass is halved, in place; a prompt that fails twice in a row is
-    dropped and counted. A backward pass that failed midway has added a part of its gradients, so
-    the step then starts again without any. The weights of the tokens stay what they were: the
-    split cannot change the gradient, and a dropped prompt adds none. Sharded weights allow no
-    second try, as the processes would no longer run as many passes.
+    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass
+    is halved, in place; a prompt that fails twice in a row is dropped and counted. A backward pass
+    that failed midway has added a part of its gradients, so the step then starts again without any.
+    The weights of the tokens stay what they were: the split cannot change the gradient, and a
+    dropped prompt adds none. Sharded weights allow no second try, as the processes would no longer
+    run as many passes.
     """
     n_dropped = 0
     while True:
