@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 import zlib
 from pathlib import Path
 
@@ -275,23 +276,34 @@ def main(folder, *names):
     torch.distributed.destroy_process_group()
 
 
-def fork(n_processes):
-    """Become n processes as torchrun starts them, and the one that waits for them and exits."""
+def fork(n_processes, work, *args):
+    """Do some work in n processes that are started as torchrun starts them; their exit status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
     for rank in range(n_processes):
         children.append(os.fork())
-        if not children[-1]:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                           "WORLD_SIZE": str(n_processes), "MASTER_PORT": str(port)}
-            return
+        if children[-1]:
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                       "WORLD_SIZE": str(n_processes), "MASTER_PORT": str(port)}
+        status = 1
+        try:
+            work(*args)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        except Exception:
+            traceback.print_exc()
+        os._exit(status)  # without the exit handlers of threads that a fork does not copy
     codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
-    sys.exit(codes.pop() if len(codes) == 1 else 1)
+    return codes.pop() if len(codes) == 1 else 1
 
 
 if __name__ == "__main__":
-    if "WORLD_SIZE" not in os.environ:
-        fork(int(os.environ["FORKS"]))
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    arguments = Path(sys.argv[1]), *sys.argv[2:]
+    if "WORLD_SIZE" in os.environ:
+        main(*arguments)
+    else:
+        sys.exit(fork(int(os.environ["FORKS"]), main, *arguments))
