@@ -4028,7 +4028,10 @@ class RolloutServers(Endpoint):
         if not self.model:  # what a stopped run left
             shutil.rmtree(folder.parent, ignore_errors=True)
         save_adapter(job.model, folder, job.cfg.model)
-        errors = {server.url: self.load_on(server, name, folder) for server in self.servers}
+        with concurrent.futures.ThreadPoolExecutor(len(self.servers)) as pool:  # one may hang
+            loaded = pool.map(lambda server: self.load_on(server, name, folder), self.servers)
+            errors = {server.url: error
+                      for server, error in zip(self.servers, loaded, strict=True)}
         if all(errors.values()):
             raise ValueError(f"no --rollout-endpoint could load the adapter {folder}; the first"
                              f" error: {next(iter(errors.items()))};"
@@ -4050,7 +4053,10 @@ class RolloutServers(Endpoint):
                 server.failing = False
                 return ""
             except self.FAULTS as fault:
-                server.failing, error = True, self.describe(fault, body)
+                error = self.describe(fault, body)
+                if "already been loaded" in error:  # the answer to an earlier try was lost
+                    return ""
+                server.failing = True
                 time.sleep(self.backoff_s * 2**attempt)
         return error
 
@@ -4086,7 +4092,8 @@ class RolloutServers(Endpoint):
             raise ValueError(f"an answer ended with {choice['finish_reason']!r}")
         ids, told = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if ids is None:
-            ids, told = self.tokenizer.encode(choice["text"], add_special_tokens=False), None
+            with self.lock:  # a tokenizer serves one thread at a time
+                ids, told = self.tokenizer.encode(choice["text"], add_special_tokens=False), None
         if choice["finish_reason"] == "stop" and (not ids or ids[-1] not in self.end_ids):
             ids = [*ids, self.tokenizer.eos_token_id]  # some servers leave the end token out
         if not ids or not all(type(i) is int and 0 <= i < len(self.tokenizer) for i in ids):

@@ -40,11 +40,13 @@ class InferenceServer(LocalServer):
         if self.fault == "no adapters":
             return 404, '{"detail": "Not Found"}'
         if body["lora_name"] in self.adapters:
-            return 400, '{"error": {"message": "already loaded"}}'
+            return 400, '{"error": {"message": "The adapter has already been loaded."}}'
         model = grouprank.load_model(self.model_folder, grouprank.pick_machine("cpu"), trainable=False)
         grouprank.load_adapter(model, body["lora_path"])
         grouprank.share_prompts(model, True)
         self.adapters[body["lora_name"]] = model
+        if self.fault == "closed":
+            return None, ""  # loaded, but the answer is lost
         return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
 
     def unload_lora_adapter(self, body):
