@@ -945,6 +945,11 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_first() -> bool:
+    """Whether this is the process that prints and writes: the only one, or the first of several."""
+    return processes()[0] == 0
+
+
 def gather(value) -> list:
     """What every process calls this with, in the order of the processes; all of them must call."""
     number, n_processes = processes()
@@ -960,7 +965,7 @@ def gather(value) -> list:
 
 def on_first(work: Callable, *args):
     """Let the first process alone do some work; the others wait and get its result."""
-    return gather(None if processes()[0] else work(*args))[0]
+    return gather(work(*args) if is_first() else None)[0]
 
 
 def deal(costs: Sequence[float], n_shares: int) -> list[list[int]]:
@@ -996,7 +1001,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.full_tensor()
-    return torch.empty(0) if processes()[0] else full.cpu()
+    return full.cpu() if is_first() else torch.empty(0)
 
 
 def cut_as(tensor: Tensor, like: Tensor) -> Tensor:
@@ -1197,7 +1202,7 @@ def plain_state_dict(model) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in model.state_dict().items():
         tensor = whole(tensor)
-        if processes()[0]:
+        if not is_first():
             continue
         owner, _, leaf = name.rpartition(".")
         if leaf in ("lora_A", "lora_B"):
@@ -1216,7 +1221,7 @@ def save_adapter(model, folder: Path, base_name: str) -> None:
     """Write the adapters in PEFT's own format, so that peft and vLLM load them."""
     from safetensors.torch import save_file  # comes with transformers
 
-    if processes()[0]:
+    if not is_first():
         return
     layers = lora_layers(model)
     tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).data.cpu()
@@ -1976,7 +1981,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
     """Write a folder that AutoModelForCausalLM.from_pretrained and vLLM open, with meta.json."""
     weights = plain_state_dict(model)  # by all processes
-    if processes()[0]:
+    if not is_first():
         return
     with new_folder(folder) as temporary:
         dtype = model.config.dtype
@@ -1992,7 +1997,7 @@ def publish_model(model, tokenizer, out: Path, meta: dict) -> None:
     """Write the final model into the run's own folder, file by file, meta.json last."""
     staged = out / "final.tmp"
     save_model(model, tokenizer, staged, meta)
-    if processes()[0]:
+    if not is_first():
         return
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "meta.json"):
         path.replace(out / path.name)
@@ -2025,7 +2030,7 @@ def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
     that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of
     the processes: a run may be resumed by more or fewer of them.
     """
-    if processes()[0]:
+    if not is_first():
         return
     path = folder / f"{name}.pt"
     try:
@@ -2103,7 +2108,7 @@ class Log:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop the lines from (stage, step) on: a resumed run writes them again."""
-        if processes()[0]:
+        if not is_first():
             return
         for path in (self.metrics, self.samples):
             if not path.exists():
@@ -2122,7 +2127,7 @@ class Log:
 
     def write(self, stage: str, step: int, n_steps: int, numbers: dict, eta_s: float = 0) -> None:
         """Log one step, or one evaluation (keys that begin with eval/)."""
-        if processes()[0]:
+        if not is_first():
             return
         finite = {k: v for k, v in numbers.items() if math.isfinite(v)}  # JSON has no infinity
         row = {"stage": stage, "step": step, **finite}
@@ -2137,7 +2142,7 @@ class Log:
 
     def sample(self, stage: str, step: int, rows: Sequence[dict]) -> None:
         """Keep a few completions for reading."""
-        if processes()[0]:
+        if not is_first():
             return
         with open(self.samples, "a", encoding="utf-8") as file:
             for row in rows:
@@ -2473,7 +2478,7 @@ def refuse_standstill(job: Job, stage: str, step: int) -> None:
                       "prompt": decode(prompt), "answers": [decode(ids) for ids in answers]}
                      for id, (prompt, answers) in zip(part.ids, part.blocks, strict=False)]
     rows = [row for part in gather(rows) for row in part]
-    if not processes()[0]:
+    if is_first():
         evaluate.write_lines(path, rows)
     raise ValueError(f"{stage} step {step}: {len(job.skipped)} optimizer steps in a row had a loss"
                      " or gradient that was not finite, or no memory for any prompt, and moved"
@@ -2554,7 +2559,7 @@ def train_loop(job: Job, stage: str, n_steps: int,
         print(f"{stage}: goes on after step {first}")
     job.log.rewind(stage, first)
     spent = job.seconds.get(stage, 0.0)
-    hidden = bool(processes()[0]) or not sys.stderr.isatty()
+    hidden = not (is_first() and sys.stderr.isatty())
     bar = tqdm(range(first, n_steps), desc=stage, disable=hidden, initial=first)
     stop = max(gather(job.stop))
     for step in bar:
@@ -3020,7 +3025,7 @@ def train(cfg: Config, prompt: Prompt, out: Path, servers: Callable | None = Non
     if sharded:
         job.replica = frozen_copy(model, machine.device, machine.dtype)
         shard(job.policy, machine.device)
-    alone = contextlib.nullcontext() if processes()[0] else open_alone(out / "run.json")
+    alone = open_alone(out / "run.json") if is_first() else contextlib.nullcontext()
     try:
         with alone, stop_on_signals(job):
             run_stages(job, sft_done)
@@ -4343,7 +4348,7 @@ def train_demo(given: dict) -> None:
                "seed": cfg.seed}
     if cfg.ablation:
         results["spread"] = {name: round(x, 4) for name, x in spread.items()}
-    if processes()[0]:
+    if not is_first():
         return
     with evaluate.open_atomic(out / "results.json") as file:
         json.dump(results | {"versions": provenance()}, file, indent=2)

@@ -135,7 +135,7 @@ def train_case(folder, name, n_processes, **more):
             enter(replaced(grouprank.Job, decode=forced_answers))
         enter(contextlib.redirect_stdout(io.StringIO()))
         grouprank.train(cfg, PROMPT, grouprank.on_first(grouprank.claim_output, cfg, ""))
-    if not grouprank.processes()[0]:
+    if grouprank.is_first():
         (out / "drawn.json").write_text(json.dumps(drawn))
 
 

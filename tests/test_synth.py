@@ -634,7 +634,7 @@ def test_an_llm_that_never_parses_stops_the_run_with_three_of_its_answers(tmp_pa
 
 def test_an_endpoint_that_fails_or_is_down_is_one_clear_sentence(tmp_path, monkeypatch):
     folder = write_world(tmp_path / "w", n_docs=30, n_queries=3)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setitem(synth.Endpoint.__init__.__kwdefaults__, "backoff_s", 0.001)
     arguments = flags(**SMALL, data=folder, out=tmp_path / "out")
     with pytest.raises(ValueError, match=r"in a row were not answered; the last one: .*refused"):
         command(monkeypatch, *arguments, "--endpoint", "http://127.0.0.1:9/v1")
