@@ -5,10 +5,13 @@ The query and a group of documents go into one prompt, the model compares them a
 document its own score from 0 to 10. Training is a supervised cold start, then GRPO with a reward
 that mixes ranking metrics and the agreement of the score distributions.
 
-Sections, in the paper's order:
-    Config - Prompt - Parser - Pointwise and listwise - Reward (Eq. 4-6) - GRPO math (Eq. 7) -
-    Model: precision, LoRA - Token log-probabilities - Rollouts - Data - Checkpoints and logs -
-    SFT (Eq. 3) - GRPO - Rerank (Eq. 1, Sec. 4.5) - Embedded demo - Command line
+Sections, in the paper's order; those with a * are the method, the others make it run:
+    Config - Prompt * - Parser * - Pointwise and listwise * - Reward (Eq. 4-6) * -
+    GRPO math (Eq. 7) * - Processes - Model: precision, LoRA - Token log-probabilities * -
+    Rollouts * - Data - Checkpoints and logs - Optimizer steps - SFT (Eq. 3) * - GRPO * -
+    A training run - Rerank: groups, windows, fusion (Eq. 1, Sec. 4.5) * - Who answers -
+    Rerank: ask, count, fuse * - Reranking jobs - Rollouts from servers - Embedded demo -
+    Command line
 
 Commands:
     python grouprank.py --train                           # embedded demo, minutes on 2 CPU cores
@@ -3115,7 +3118,7 @@ def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
           flush=True)
 
 
-# --- Rerank (Eq. 1, Sec. 4.5) ---------------------------------------------------------------------
+# --- Rerank: groups, windows, fusion (Eq. 1, Sec. 4.5) --------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3186,6 +3189,9 @@ def order_candidates(scores: Sequence[float | None]) -> list[int]:
     scored = [i for i, score in enumerate(scores) if score is not None]
     best_first = iter(sorted(scored, key=lambda i: (-scores[i], i)))
     return [i if score is None else next(best_first) for i, score in enumerate(scores)]
+
+
+# --- Who answers: a local model, or servers -------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3437,6 +3443,9 @@ class Endpoint:
         return Completion(text, truncated, int(n_prompt or 0), int(n_answer or 0))
 
 
+# --- Rerank: ask, count, fuse ---------------------------------------------------------------------
+
+
 @dataclass
 class Group:
     """One prompt of a query in one round, and what was read out of its answers so far."""
@@ -3626,6 +3635,9 @@ def carried_scores(ranking: Ranking) -> list[float]:
     first = next((score for score in scores if score is not None), 0.0)
     carried = itertools.accumulate([first, *scores], lambda last, s: last if s is None else s)
     return list(carried)[1:]
+
+
+# --- Reranking jobs: collections, parts of them, sweeps; the Python interface ---------------------
 
 
 def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection, Counter]:
