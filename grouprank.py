@@ -1675,6 +1675,18 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[t
     return answers
 
 
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError where a library says in its own words that memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = r"out of memory|_ALLOC_FAILED|_ALLOCATION_FAILED|can't allocate memory"
+        if isinstance(error, torch.OutOfMemoryError) or not re.search(words, str(error)):
+            raise
+        raise torch.OutOfMemoryError(first_line(error)) from error
+
+
 def generate_in_parts(model, machine: Machine, prompts: list, seeds: list, *, cache_gib: float,
                       again: bool = False, **options) -> list[list[list[int]]]:
     """generate(); where memory runs out, with half the cache in two parts, then the next two.
@@ -2350,18 +2362,6 @@ class Optimizer:
         self.scaler.load_state_dict(state["scaler"])
 
 
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError where a library says in its own words that memory ran out."""
-    try:
-        yield
-    except RuntimeError as error:
-        words = r"out of memory|_ALLOC_FAILED|_ALLOCATION_FAILED|can't allocate memory"
-        if isinstance(error, torch.OutOfMemoryError) or not re.search(words, str(error)):
-            raise
-        raise torch.OutOfMemoryError(first_line(error)) from error
-
-
 @dataclass
 class Pass:
     """One forward and backward pass of a step, with what later updates of the batch reuse."""
@@ -2435,7 +2435,10 @@ def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
             if passes[number].ids:
                 sums.update(results)
         else:
-            return functools.reduce(lambda a, b: a.update(b) or a, gather(sums), Counter())
+            total: Counter = Counter()
+            for own in gather(sums):
+                total.update(own)
+            return total
         optimizer.clear()
         free_memory(job.machine)
         part = passes[number]
@@ -2459,7 +2462,7 @@ def finish_step(job: Job, passes: list[Pass], sums: Counter, optimizer: Optimize
     if moved:
         job.skipped.clear()
     else:
-        job.skipped.append(passes)
+        job.skipped.append([part for part in passes if part.ids])  # without padding
     return {"loss": sums["loss"], "grad_norm": grad_norm, "skipped": int(not moved),
             "dropped": sums["dropped"], "lr": lr}
 
@@ -2479,7 +2482,7 @@ def refuse_standstill(job: Job, stage: str, step: int) -> None:
         for part in guilty or passes:  # none: only the gradient overflowed
             rows += [{"updates_ago": ago, "id": id, "loss": str(part.loss),
                       "prompt": decode(prompt), "answers": [decode(ids) for ids in answers]}
-                     for id, (prompt, answers) in zip(part.ids, part.blocks, strict=False)]
+                     for id, (prompt, answers) in zip(part.ids, part.blocks, strict=True)]
     rows = [row for part in gather(rows) for row in part]
     if is_first():
         evaluate.write_lines(path, rows)
@@ -3282,7 +3285,8 @@ def without_prompt(words: str, body: dict) -> str:
     def letters(text):  # and digits; a server may have put the text into JSON, also twice
         return re.sub(r"\\+.|[\W_]", "", text).lower()
 
-    asked = letters("\n".join(message["content"] for message in body.get("messages", ())))
+    texts = [message["content"] for message in body.get("messages", ())]
+    asked = letters("\n".join([*texts, str(body.get("prompt", ""))]))  # or its token ids
     said, n = letters(words), 12
     repeats = any(said[i : i + n] in asked for i in range(len(said) - n + 1))
     return "(its words may repeat the prompt)" if repeats or "\\u" in words else words
@@ -3422,15 +3426,15 @@ class Endpoint:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        deadline, received = time.monotonic() + self.cfg.timeout_s, []
+        deadline, received = time.monotonic() + self.cfg.timeout_s, bytearray()
         with self.opener.open(request, timeout=self.cfg.timeout_s) as response:
             while part := response.read1(65536):
-                received.append(part)
+                received += part
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no whole answer in {self.cfg.timeout_s:g} s")
-                if sum(map(len, received)) > self.LONGEST_ANSWER:
+                if len(received) > self.LONGEST_ANSWER:
                     raise ValueError(f"an answer of over {self.LONGEST_ANSWER:,} bytes")
-        return b"".join(received)
+        return bytes(received)
 
     def read(self, answer: dict, body: dict) -> Completion:
         """What the JSON of an answer says. Raises where it is not of the form that it should be."""
@@ -3685,7 +3689,14 @@ FREE_TO_DIFFER = FREE_TO_CHANGE | {"run", "prompt_file", "endpoint", "concurrenc
                                    "shard"}
 
 
-def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) -> dict:
+def hash_local_model(cfg: Config) -> str:
+    """The hash of a model folder's files; "" for a server's model or a name on the hub."""
+    is_local = cfg.model and not cfg.endpoint and Path(cfg.model).is_dir()
+    return hash_files(base_model_files(cfg.model)) if is_local else ""
+
+
+def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates],
+                  model_hash: str) -> dict:
     """All that decides the result of a reranking; two jobs with the same are parts of one."""
     config = json.loads(json.dumps(dataclasses.asdict(cfg)))
     digest = hashlib.sha256()
@@ -3693,9 +3704,7 @@ def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) ->
         digest.update(repr(query).encode())
     task = {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
             "prompt": prompt.hash, "candidates": digest.hexdigest()[:16]}
-    if cfg.model and not cfg.endpoint and Path(cfg.model).is_dir():
-        task["model's files"] = hash_files(base_model_files(cfg.model))
-    return task
+    return task | ({"model's files": model_hash} if model_hash else {})
 
 
 def check_same_task(path: Path, before: dict, now: dict) -> None:
@@ -3745,7 +3754,7 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     if not cfg.resume:
         evaluate.refuse_overwrite(out, cfg.overwrite)
     queries, _, notes = read_candidates(cfg)
-    task = describe_task(cfg, prompt, queries)
+    task = describe_task(cfg, prompt, queries, hash_local_model(cfg))
     if cfg.resume and out.exists() and not partial.exists():
         check_same_task(out, read_sidecar(out).get("task", {}), task)
         print(f"{out} is complete")
@@ -3881,12 +3890,17 @@ def sweep_collection(given: dict, items: Sequence[str]) -> None:
         raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
     with open_journal(path, base) as lines:
         done = {json.dumps(line.get("task")): line for line in lines}
-        backend = load_backend(base)
+        backend, model_hash = load_backend(base), hash_local_model(base)
         spare_threads(backend.model)
+
+        @functools.cache  # nothing else that a sweep varies changes the candidates
+        def candidates(top_k: int):
+            return read_candidates(dataclasses.replace(base, top_k=top_k))
+
         print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
         for values, (cfg, prompt) in zip(combinations, tasks, strict=True):
-            queries, collection, _ = read_candidates(cfg)
-            task = describe_task(cfg, prompt, queries)
+            queries, collection, _ = candidates(cfg.top_k)
+            task = describe_task(cfg, prompt, queries, model_hash)
             line = done.get(json.dumps(task))
             if line is None:
                 counts, started = Counter(), time.perf_counter()

@@ -98,7 +98,8 @@ class ManyAtOnce(ThreadingHTTPServer):
 class LocalServer:
     """A server at `url` for as long as a `with` lasts; subclasses answer in post(handler, body)."""
 
-    def __enter__(self):
+    def listen(self):
+        """The server itself; a subclass may speak something else than JSON over HTTP."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -116,8 +117,11 @@ class LocalServer:
             def log_message(self, *args):
                 pass
 
-        self.server = ManyAtOnce(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        return ManyAtOnce(("127.0.0.1", 0), Handler)
+
+    def __enter__(self):
+        self.server = self.listen()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 

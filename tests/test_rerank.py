@@ -409,13 +409,13 @@ def test_texts_are_read_when_their_batch_of_queries_is_asked(tmp_path, monkeypat
     cfg = grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run"))
     queries, _, _ = grouprank.read_candidates(cfg)
     n_read[:] = [0]
-    task = grouprank.describe_task(cfg, grouprank.Prompt(), queries)
+    task = grouprank.describe_task(cfg, grouprank.Prompt(), queries, "")
     assert len(n_read) == 1  # comparing two jobs reads no text either
     batches = grouprank.rank_batches(Scripted(), grouprank.Prompt(), queries, cfg)
     after = [n_read[-1] for _ in batches]  # two documents a query, each read once
     assert after == [2 * grouprank.QUERIES_PER_BATCH * i for i in (1, 2, 3)]
     evaluate.write_collection(tmp_path, corpus | {"d0": "other"}, dict.fromkeys(run, "query"), {"q0": {"d0": 1}})
-    changed = grouprank.describe_task(cfg, grouprank.Prompt(), grouprank.read_candidates(cfg)[0])
+    changed = grouprank.describe_task(cfg, grouprank.Prompt(), grouprank.read_candidates(cfg)[0], "")
     assert changed["candidates"] != task["candidates"]
 
 

@@ -203,12 +203,14 @@ def test_an_unanswered_prompt_is_left_out_and_counted(place, tmp_path, monkeypat
     class Refusing(InferenceServer):
         def completions(self, body):
             longest = byte_tokenizer().decode(body["prompt"]).count("which") == 4
-            return (400, '{"error": "too long"}') if longest else super().completions(body)
+            return (400, f"too long: {body['prompt']}") if longest else super().completions(body)
 
     with Refusing(place / "model") as server:
         rows = train(place, tmp_path / "out", [server.url], monkeypatch)
     assert sum(row["dropped"] for row in rows) in (1, 2)  # it comes in 1.5 epochs
-    assert "1 prompts had no answer and are left out of this step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 prompts had no answer and are left out of this step" in said
+    assert "the first error: HTTP 400: (its words may repeat the prompt)" in said
 
 
 def test_the_ratio_starts_from_the_samplers_log_probabilities_and_is_clipped():

@@ -13,7 +13,6 @@ import signal
 import socketserver
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from bench_trust import FAMILIES, HOSTILE, family_tokenizer
-from conftest import ChatServer, save_tiny_model, write_rows
+from conftest import ChatServer, LocalServer, save_tiny_model, write_rows
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -875,11 +874,14 @@ def test_keys_and_rows_do_not_reach_the_logs(cfg, place, tmp_path, monkeypatch, 
     assert "secret" not in screen
 
 
-class RawServer:
+class RawServer(LocalServer):
     """Sends what `reply(request bytes)` returns, and closes the connection."""
 
     def __init__(self, reply):
-        self.requests, outer = [], self
+        self.reply, self.requests = reply, []
+
+    def listen(self):
+        outer = self
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self):
@@ -889,19 +891,11 @@ class RawServer:
                 length = int(re.search(rb"(?i)content-length: *(\d+)", head + b"content-length: 0")[1])
                 outer.requests.append(head + self.rfile.read(length))
                 with contextlib.suppress(OSError):  # a client that hung up
-                    self.wfile.write(reply(outer.requests[-1]))
+                    self.wfile.write(outer.reply(outer.requests[-1]))
 
-        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exc):
-        self.server.shutdown()
-        self.server.server_close()
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        return server
 
 
 def body_of(request):
@@ -1055,9 +1049,10 @@ def test_a_base_model_that_changed_in_place_is_refused(place, tmp_path, name):
                               else before[:-1] + bytes([before[-1] ^ 1]))  # fmt: skip
     with pytest.raises(ValueError, match=rf"the files of {base} have changed since"):
         grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
-    other = grouprank.describe_task(cfg, PROMPT, [])
+    other = grouprank.describe_task(cfg, PROMPT, [], grouprank.hash_local_model(cfg))
     (base / name).write_bytes(before)
-    assert grouprank.describe_task(cfg, PROMPT, []) != other  # --rerank --resume refuses it too
+    same = grouprank.describe_task(cfg, PROMPT, [], grouprank.hash_local_model(cfg))
+    assert same != other  # --rerank --resume refuses it too
     grouprank.train(dataclasses.replace(cfg, resume=True), PROMPT, tmp_path / "run")
 
 
