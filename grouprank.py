@@ -5,13 +5,10 @@ The query and a group of documents go into one prompt, the model compares them a
 document its own score from 0 to 10. Training is a supervised cold start, then GRPO with a reward
 that mixes ranking metrics and the agreement of the score distributions.
 
-Sections, in the paper's order; those with a * are the method, the others make it run:
-    Config - Prompt * - Parser * - Pointwise and listwise * - Reward (Eq. 4-6) * -
-    GRPO math (Eq. 7) * - Processes - Model: precision, LoRA - Token log-probabilities * -
-    Rollouts * - Data - Checkpoints and logs - Optimizer steps - SFT (Eq. 3) * - GRPO * -
-    A training run - Rerank: groups, windows, fusion (Eq. 1, Sec. 4.5) * - Who answers -
-    Rerank: ask, count, fuse * - Reranking jobs - Rollouts from servers - Embedded demo -
-    Command line
+Part I is the method, an afternoon's reading, and needs nothing of Part II:
+    prompt and parsers (Sec. 3.1), reward (Eq. 4-6), GRPO (Eq. 7), the prompt run once, decoding,
+    one training step (Eq. 3, Eq. 7), rerank (Eq. 1, Sec. 4.5).
+Part II makes it run: processes, models, files, who answers, runs, jobs, demo, command line.
 
 Commands:
     python grouprank.py --train                           # embedded demo, minutes on 2 CPU cores
@@ -20,8 +17,6 @@ Commands:
     python grouprank.py --rerank --model DIR --query "why do leaves turn red" --docs a.txt b.txt
     python grouprank.py --rerank --endpoint http://127.0.0.1:8000/v1 --model NAME --data BEIR_DIR \\
         --run first.run --out reranked.run
-    python grouprank.py --sweep docs-per-group=5,10,20 rounds=1,2,4 --model DIR --data BEIR_DIR \\
-        --run first.run --out sweep.jsonl
 
 Departures from the paper, and choices where it is silent:
     1. Tied scores earn the expected NDCG and recall over all orders of the tie, in closed form, so
@@ -30,15 +25,18 @@ Departures from the paper, and choices where it is silent:
     3. Scores become a distribution by division through their sum; all zeros become uniform.
     4. The reward's grammar is strict: an answer that lacks, repeats or invents a document earns
        -0.1 like broken JSON, or a policy would learn to score one document only.
-    5. One optimizer step a rollout batch by default, so the ratio is exactly 1 and no pass for the
-       old log-probabilities is needed; with more, the first step's serve as the old ones.
+    5. One optimizer step a rollout batch by default, so the ratio is exactly 1; with more, the
+       first step's log-probabilities serve as the old ones.
     6. Advantages: sample deviation (ddof 1) plus 1e-4 in float64, zero when all rewards are equal.
     7. Groups are balanced: 21 documents with c = 20 make groups of 11 and 10, not 20 and 1.
     8. Documents without a usable score keep their first-stage places; they are never scored 0.
     9. Prompts and rubric are in our own words; --prompt-file takes any other wording.
+   10. Training all parameters (--lora-rank 0) takes 16 bytes a parameter on every device, so the
+       paper's full-parameter 7B is beyond one.
 
 Shape letters: B prompts, G rollouts per prompt, P prompt tokens, C completion tokens, T packed
-tokens, V vocabulary, N candidates, K documents in a group, R rows being decoded, H attention heads.
+tokens, N all completion tokens of a pass or, in reranking, candidates, V vocabulary, K documents in
+a group, R rows being decoded, H attention heads, D head width.
 Documents are numbered from 1 in prompts and answers, from 0 in code.
 """
 
@@ -63,7 +61,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -74,7 +71,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple, TextIO
 
 import numpy as np
@@ -83,9 +79,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -94,10 +87,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 import evaluate
 
-VERSION = "1.0"
+VERSION = "2.0"
 
-
-# --- Config ---------------------------------------------------------------------------------------
+# --- Options --------------------------------------------------------------------------------------
 
 
 def setting(default, help: str, source: str, group: str, choices: tuple | None = None):
@@ -106,212 +98,127 @@ def setting(default, help: str, source: str, group: str, choices: tuple | None =
     return field(default=default, metadata=metadata)
 
 
+BOTH, TRAIN, SFT, GRPO, RERANK = (  # the groups of --help
+    "both commands", "--train", "--train: supervised cold start", "--train: GRPO", "--rerank")
+
+
 @dataclass(frozen=True)
 class Config:
     """Every option of both commands. `source` says where a default comes from."""
-    model: str = setting("",
-        "model folder or hub name; empty trains the embedded demo; with --endpoint the server's "
-        "name for it",
-        "ours: a first run needs no download", "input")
-    data: str = setting("", "training rows (JSONL), or for --rerank a BEIR folder", "ours", "input")
-    eval_data: str = setting("", "held-out rows (JSONL) to evaluate on while training", "ours",
-        "input")
-    out: str = setting("",
-        "output folder (--train) or run file (--rerank); default runs/NAME, the first that is free",
-        "ours", "output")
-    overwrite: bool = setting(False, "replace an output that exists",
-        "ours: nothing is destroyed by default", "output")
-    resume: bool = setting(False,
-        "continue --out: a training from its last checkpoint, a reranking after its last batch",
-        "ours", "output")
-    seed: int = setting(0, "seed of every random stream", "ours", "input")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model",
-        "ours: never without being asked", "input")
-
-    prompt_file: str = setting("",
-        "prompt template: system text, a line '---', user text with {query} {documents} {n}",
-        "ours: the prompt is data", "prompt")
-    docs_per_group: int = setting(20,
-        "documents in one prompt (c); a trained model's own value wins unless given",
-        "paper Sec. 4: c = 20", "prompt")
+    model: str = setting("", "folder, hub or server name; none: the demo", "ours", BOTH)
+    data: str = setting("", "training rows (JSONL), or for --rerank a BEIR folder", "ours", BOTH)
+    out: str = setting("", "folder (--train) or run file (--rerank)", "ours", BOTH)
+    overwrite: bool = setting(False, "replace an output that exists", "ours", BOTH)
+    resume: bool = setting(False, "continue --out after its last checkpoint or batch", "ours", BOTH)
+    seed: int = setting(0, "seed of every random stream", "ours", BOTH)
+    method: str = setting("groupwise", "score groups, score single documents, or order windows that"
+        " slide up the list", "paper Sec. 3.1", BOTH, ("groupwise", "pointwise", "listwise"))
+    docs_per_group: int = setting(20, "documents in one prompt (c)", "paper Sec. 4: 20", BOTH)
+    prompt_file: str = setting("", "wording: system text, a line '---', user text with {query}"
+        " {documents} {n}", "ours: the prompt is data", BOTH)
     max_doc_tokens: int = setting(1024, "tokens kept of each document",
-        "ours: the released code keeps 3000 characters", "prompt")
-    max_prompt_tokens: int = setting(24000,
-        "tokens of a prompt; longer ones have their documents shortened evenly",
-        "paper Table 10: prompt <= 24,000", "prompt")
-    max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: response <= 8,000",
-        "prompt")
+        "ours: the released code keeps 3000 characters", BOTH)
+    max_prompt_tokens: int = setting(24000, "tokens of a prompt; longer ones have their documents"
+        " shortened evenly", "paper Table 10: 24,000", BOTH)
+    max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: 8,000", BOTH)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", BOTH)
+    precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16", BOTH,
+        ("auto", "fp32", "bf16", "fp16"))
+    cache_gib: float = setting(0.0, "memory for keys and values while decoding; 0: 40 % of the free"
+        " CUDA memory, 1 GiB on CPU", "ours", BOTH)
+    trust_remote_code: bool = setting(False, "run a model's own Python code", "ours", BOTH)
 
-    stage: str = setting("both", "what to train", "paper Sec. 3.3: cold start, then RL", "training",
-        ("sft", "grpo", "both"))
-    ablation: bool = setting(False,
-        "demo only: also train the ablations of Table 3 and SFT alone for the same time",
-        "paper Table 3", "training")
-    lora_rank: int = setting(32,
-        "rank of the LoRA adapters on all linear layers; 0 trains all parameters",
-        "paper Table 10: r 32", "training")
-    lora_alpha: float = setting(32.0, "LoRA scale numerator", "paper Table 10: alpha 32",
-        "training")
-    grad_clip: float = setting(1.0, "largest norm of the gradient", "ours: TRL and verl use 1.0",
-        "training")
-    weight_decay: float = setting(0.0, "AdamW weight decay", "ours: the paper is silent",
-        "training")
-    max_tokens_per_pass: int = setting(32768, "tokens in one forward and backward pass",
-        "ours: one full prompt and its answers", "training")
-    grad_checkpointing: str = setting("auto",
-        "recompute activations in the backward pass; auto: on CUDA", "ours", "training",
+    stage: str = setting("both", "what to train", "paper Sec. 3.3", TRAIN, ("sft", "grpo", "both"))
+    eval_data: str = setting("", "held-out rows (JSONL) to evaluate on", "ours", TRAIN)
+    eval_every: int = setting(50, "steps between evaluations; 0: only at the end", "ours", TRAIN)
+    save_every: int = setting(100, "steps between checkpoints; 0: none", "ours", TRAIN)
+    lora_rank: int = setting(32, "rank of LoRA on all linear layers; 0 trains all parameters, at 16"
+        " bytes each on one device", "paper Table 10: r 32", TRAIN)
+    lora_alpha: float = setting(32.0, "LoRA scale numerator", "paper Table 10: alpha 32", TRAIN)
+    max_tokens_per_pass: int = setting(0, "tokens in one forward and backward pass; 0: 32,768 on"
+        " CUDA, 4,096 on CPU", "ours", TRAIN)
+    grad_checkpointing: str = setting("auto", "recompute activations; auto: on CUDA", "ours", TRAIN,
         ("auto", "on", "off"))
-    shared_prompt: bool = setting(True, "run a prompt once for all its rollouts",
-        "ours: exact, see the README", "training")
-    eval_every: int = setting(50,
-        "optimizer steps between evaluations on held-out rows; 0: only at the end", "ours",
-        "training")
-    save_every: int = setting(100, "optimizer steps between checkpoints; 0: none", "ours",
-        "training")
-    keep: int = setting(2, "checkpoints kept", "ours", "training")
 
-    sft_epochs: float = setting(5.0, "passes over the rows that have a response",
-        "paper Table 8: 5", "sft")
-    sft_lr: float = setting(3e-5, "peak learning rate", "paper Table 8: 3e-5", "sft")
-    sft_batch: int = setting(64, "sequences in an optimizer step",
-        "ours: Table 8 has 2 a device x 4 accumulated, devices unsaid", "sft")
-    sft_warmup: float = setting(0.05, "share of the steps with a rising learning rate",
-        "ours: the paper is silent", "sft")
-    sft_schedule: str = setting("cosine", "learning rate after the warm-up",
-        "ours: the paper is silent", "sft", ("cosine", "linear", "constant"))
+    sft_epochs: float = setting(5.0, "passes over rows with a response", "paper Table 8: 5", SFT)
+    sft_lr: float = setting(3e-5, "peak learning rate", "paper Table 8: 3e-5", SFT)
+    sft_batch: int = setting(64, "sequences a step", "ours: Table 8 leaves devices unsaid", SFT)
+    sft_warmup: float = setting(0.05, "share of steps with a rising rate; then cosine", "ours", SFT)
 
-    grpo_epochs: float = setting(5.0, "passes over the rows", "paper Table 10: 5", "grpo")
-    grpo_lr: float = setting(1e-5, "learning rate", "paper Table 10: 1e-5", "grpo")
-    grpo_warmup: float = setting(0.0, "share of the steps with a rising learning rate",
-        "ours: the paper is silent", "grpo")
-    grpo_schedule: str = setting("constant", "learning rate after the warm-up",
-        "ours: the paper is silent", "grpo", ("cosine", "linear", "constant"))
-    prompts_per_step: int = setting(64, "prompts in a rollout batch (B)",
-        "paper Table 10: global batch 64, read as prompts", "grpo")
-    rollouts_per_prompt: int = setting(8, "answers sampled for each prompt (G)",
-        "paper Table 10: 8", "grpo")
-    updates_per_batch: int = setting(1, "optimizer steps on one rollout batch",
-        "paper Table 10: mini-batch = batch, so 1", "grpo")
-    clip_eps: float = setting(0.2, "clip range of the ratio; acts with more than one update",
-        "ours: the usual 0.2, the paper is silent", "grpo")
-    kl_coef: float = setting(0.001,
-        "weight of the KL divergence to the SFT model; 0 drops the reference",
-        "paper Table 10: 0.001, low variance (k3)", "grpo")
-    advantage_eps: float = setting(1e-4, "added to the deviation of a prompt's rewards",
-        "ours: TRL's value", "grpo")
-    recall_weight: float = setting(0.2, "weight of Recall@10 in the reward (gamma)",
-        "paper Eq. 5: 0.2", "grpo")
-    align_weight: float = setting(0.1, "weight of 1 - JS in the reward (epsilon)",
-        "paper Eq. 5: 0.1", "grpo")
-    ndcg_weight: float = setting(1.0, "weight of NDCG@10 in the reward; 0 is the ablation",
-        "paper Eq. 5: 1", "grpo")
-    rollout_endpoint: tuple[str, ...] = setting((),
-        "URLs of vLLM servers (…/v1) that serve --model and answer the prompts, all with the"
-        " adapter of the step; none: this process answers", "ours", "grpo")
-    rbo_weight: float = setting(0.0, "weight of rank-biased overlap in the reward",
-        "paper v1 has it, v3 does not: 0", "grpo")
-    relevance_level: int = setting(5,
-        "gold score from which a document counts as relevant for recall",
-        "ours: the paper is silent", "grpo")
+    grpo_epochs: float = setting(5.0, "passes over rows with scores", "paper Table 10: 5", GRPO)
+    grpo_lr: float = setting(1e-5, "learning rate", "paper Table 10: 1e-5", GRPO)
+    grpo_warmup: float = setting(0.0, "share of steps with a rising rate", "ours", GRPO)
+    grpo_schedule: str = setting("constant", "learning rate after the warm-up", "ours", GRPO,
+        ("constant", "linear", "cosine"))
+    prompts_per_step: int = setting(64, "prompts a step (B)", "paper Table 10: batch 64", GRPO)
+    rollouts_per_prompt: int = setting(8, "answers a prompt (G)", "paper Table 10: 8", GRPO)
+    updates_per_batch: int = setting(1, "steps on one batch of answers", "paper Table 10: 1", GRPO)
+    clip_eps: float = setting(0.2, "clip range; acts with more than one update", "ours", GRPO)
+    kl_coef: float = setting(0.001, "weight of k3 KL; 0: none", "paper Table 10: 0.001", GRPO)
+    ndcg_weight: float = setting(1.0, "weight of NDCG@10 in the reward", "paper Eq. 5: 1", GRPO)
+    recall_weight: float = setting(0.2, "weight of Recall@10 (gamma)", "paper Eq. 5: 0.2", GRPO)
+    align_weight: float = setting(0.1, "weight of 1 - JS (epsilon)", "paper Eq. 5: 0.1", GRPO)
+    rbo_weight: float = setting(0.0, "weight of rank-biased overlap", "paper v1, not v3", GRPO)
+    relevance_level: int = setting(5, "gold score that counts for recall", "ours", GRPO)
+    rollout_endpoint: tuple[str, ...] = setting((), "URLs of vLLM servers (…/v1) that answer the"
+        " prompts with the adapter of the step; none: this process does", "ours", GRPO)
 
-    run: str = setting("", "first-stage run file (TREC or JSON)", "ours", "rerank")
-    query: str = setting("", "a query to rank --docs for", "ours", "rerank")
-    docs: tuple[str, ...] = setting((), "text files to rank for --query", "ours", "rerank")
-    queries: str = setting("", "NAME of queries.NAME.jsonl to use instead of queries.jsonl", "ours",
-        "rerank")
-    method: str = setting("groupwise",
-        "what a prompt holds: a group to score, one document to score (pointwise), or a window to"
-        " order that slides up the list (listwise); with --train what the rows teach",
-        "paper Sec. 3.1: groupwise", "rerank", ("groupwise", "pointwise", "listwise"))
-    grouping: str = setting("random",
-        "what shares a group: documents drawn at random, or neighbours in first-stage rank",
-        "paper Tables 4 and 5: random is better", "rerank", ("random", "rank"))
-    window: int = setting(20, "documents in a listwise window (w)", "ours: as RankGPT and rank_llm",
-        "rerank")
-    step: int = setting(10, "places by which a listwise window moves up (s)",
-        "ours: as RankGPT and rank_llm", "rerank")
-    top_k: int = setting(100, "candidates reranked for each query", "paper Sec. 4: top 100",
-        "rerank")
-    rounds: int = setting(1,
-        "regroupings whose scores are averaged (t); listwise: passes, one after the other",
-        "paper Sec. 4.5: 1; gains flatten after about 4", "rerank")
-    docs_stride: int = setting(0,
-        "start a new group every so many documents; 0: groups do not overlap",
-        "paper Eq. 1: disjoint; its users also run 10", "rerank")
-    fusion_weight: float = setting(0.0, "weight of the min-max first-stage score",
-        "ours: 0 is the model alone", "rerank")
-    temperature: float = setting(0.3, "sampling temperature when reranking; 0 is greedy",
-        "released script: 0.3", "rerank")
-    top_p: float = setting(0.8, "nucleus mass when reranking", "released script: 0.8", "rerank")
-    retries: int = setting(3, "further tries for a group whose answer is unusable", "ours",
-        "rerank")
-    endpoint: str = setting("",
-        "URL of an OpenAI-compatible server (…/v1), or several with commas between them; the key"
-        " comes from OPENAI_API_KEY", "ours", "rerank")
-    concurrency: int = setting(16, "requests in flight at all endpoints together", "ours", "rerank")
-    timeout_s: float = setting(600.0, "seconds to wait for one answer of an endpoint", "ours",
-        "rerank")
-    shard: str = setting("", "i/n: rerank part i of n of the queries; --merge joins the parts",
-        "ours", "rerank")
-
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", "machine")
-    precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16",
-        "machine", ("auto", "fp32", "bf16", "fp16"))
-    cache_gib: float = setting(0.0,
-        "memory for keys and values while decoding; 0: 40 % of the free CUDA memory, 1 GiB on CPU",
-        "ours", "machine")
+    run: str = setting("", "first-stage run file (TREC or JSON)", "ours", RERANK)
+    query: str = setting("", "a query to rank --docs for", "ours", RERANK)
+    docs: tuple[str, ...] = setting((), "text files to rank for --query", "ours", RERANK)
+    queries: str = setting("", "NAME of queries.NAME.jsonl to use instead", "ours", RERANK)
+    top_k: int = setting(100, "candidates of a query", "paper Sec. 4: top 100", RERANK)
+    rounds: int = setting(1, "regroupings whose scores are averaged (t); listwise: passes",
+        "paper Sec. 4.5: 1; gains flatten after about 4", RERANK)
+    grouping: str = setting("random", "what shares a group: documents drawn at random, or"
+        " neighbours in first-stage rank", "paper Tables 4, 5: random", RERANK, ("random", "rank"))
+    docs_stride: int = setting(0, "start a group every so many documents; 0: disjoint groups",
+        "paper Eq. 1: disjoint; its users also run 10", RERANK)
+    window: int = setting(20, "documents in a listwise window (w)", "ours: as RankGPT", RERANK)
+    step: int = setting(10, "places by which it moves up (s)", "ours: as RankGPT", RERANK)
+    fusion_weight: float = setting(0.0, "weight of the min-max first-stage score", "ours", RERANK)
+    temperature: float = setting(0.3, "of sampling; 0 is greedy", "released script: 0.3", RERANK)
+    top_p: float = setting(0.8, "nucleus mass", "released script: 0.8", RERANK)
+    retries: int = setting(3, "further tries for a group whose answer is unusable", "ours", RERANK)
+    endpoint: str = setting("", "URL of an OpenAI-compatible server (…/v1), or several with commas;"
+        " the key comes from OPENAI_API_KEY", "ours", RERANK)
+    concurrency: int = setting(16, "requests in flight at all servers together", "ours", RERANK)
+    timeout_s: float = setting(600.0, "seconds to wait for a server's answer", "ours", RERANK)
+    shard: str = setting("", "i/n: rerank every n-th query, from the i-th on, into OUT.i-of-n;"
+        " cat OUT.*-of-n joins them", "ours", RERANK)
 
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
-        positive = ("docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens",
-                    "max_tokens_per_pass", "sft_batch", "prompts_per_step", "updates_per_batch",
-                    "top_k", "rounds", "concurrency", "sft_epochs", "grpo_epochs", "keep",
-                    "window", "step", "timeout_s")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "retries", "lora_rank", "lora_alpha", "sft_lr", "grpo_lr", "kl_coef",
-                     "cache_gib", "eval_every", "save_every", "weight_decay", "clip_eps",
-                     "advantage_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
+        may_be_zero = ("seed", "retries", "cache_gib", "eval_every", "save_every", "lora_rank",
+                       "max_tokens_per_pass", "docs_stride", "temperature", "sft_warmup", "sft_lr",
+                       "grpo_warmup", "grpo_lr", "clip_eps", "relevance_level", "kl_coef")
+        for name, value in vars(self).items():
+            lowest = 0 if name in may_be_zero or name.endswith("weight") else 1e-9
+            if type(value) in (int, float) and value < lowest:
+                raise ValueError(f"{flag(name)} must be positive, got {value}")
         if self.rollouts_per_prompt < 2:
-            raise ValueError(
-                f"{flag('rollouts_per_prompt')} must be at least 2, got {self.rollouts_per_prompt}:"
-                " an advantage compares the rollouts of one prompt")
-        if not 0 <= self.fusion_weight <= 1:
-            raise ValueError(f"--fusion-weight must be from 0 to 1, got {self.fusion_weight}")
-        if not 0 < self.top_p <= 1 or self.temperature < 0:
-            raise ValueError(f"--top-p must be in (0, 1] and --temperature at least 0,"
-                             f" got {self.top_p} and {self.temperature}")
-        if self.docs_stride < 0 or self.docs_stride > self.docs_per_group:
-            raise ValueError(
-                f"--docs-stride must be from 0 to --docs-per-group ({self.docs_per_group}),"
-                f" got {self.docs_stride}: a larger one would skip documents")
-        if self.step > self.window:
-            raise ValueError(f"--step must be at most --window ({self.window}), got {self.step}:"
-                             " a larger one would skip documents")
+            raise ValueError("--rollouts-per-prompt must be at least 2: an advantage compares them")
+        if max(self.fusion_weight, self.top_p) > 1:
+            raise ValueError("--fusion-weight and --top-p are at most 1")
+        if self.docs_stride > self.docs_per_group or self.step > self.window:
+            raise ValueError("--docs-stride is at most --docs-per-group, and --step at most"
+                             " --window: larger ones would skip documents")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues an output and --overwrite deletes it: give one")
         if self.rollout_endpoint and (self.stage != "grpo" or not self.lora_rank):
             raise ValueError("--rollout-endpoint needs --stage grpo and LoRA: its servers serve"
-                             " --model itself (after a cold start, OUT/sft) and load each step's"
-                             " adapter")
-        number, n_parts = self.part
-        if not 1 <= number <= n_parts:
+                             " --model itself (OUT/sft, say) and each step's adapter")
+        shard = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard or "1/1", re.ASCII)
+        if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
             raise ValueError(f"--shard must be i/n with i from 1 to n, got {self.shard}")
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """--shard i/n as (i, n); (1, 1) is all queries, (0, 0) is not of this form."""
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard or "1/1", re.ASCII)
-        return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def flag(name: str) -> str:
     """The command-line spelling of a Config field."""
     return "--" + name.replace("_", "-")
 
+
+# === Part I: the method ===========================================================================
 
 # --- Prompt (Sec. 3.1) ----------------------------------------------------------------------------
 
@@ -356,6 +263,39 @@ compare the documents: what does each contribute to answering the query?
 </answer>
 where the zeros stand for your scores."""
 
+# The paper's baselines, which are also the teachers of synth.py: one document, or a whole order.
+
+POINTWISE_SYSTEM = f"""\
+You rate search results. You get a query and one document. Give the document a score for how much \
+it helps to answer the query.
+
+{RUBRIC}
+
+{UNTRUSTED}"""
+
+LISTWISE_SYSTEM = f"""\
+You rank search results. You get a query and a numbered list of documents. Compare the documents \
+with one another and order them by how much they help to answer the query, the best first.
+
+Usefulness comes first: the facts, the reasoning or the method that a good answer needs. Being on \
+the same topic comes second.
+
+{UNTRUSTED}"""
+
+# Their user texts are the groupwise one in other words.
+POINTWISE_USER = (
+    USER_TEXT.replace("The {n} documents:", "The document:")
+    .replace("an integer", "one integer").replace(" for every document from [1] to [{n}]", "")
+    .replace("compare the documents: what does each", "what does the document")
+    .replace('{"[1]": 0, "[2]": 0, ...}', "0")
+    .replace("the zeros stand for your scores", "the zero stands for your score"))
+
+LISTWISE_USER = (
+    USER_TEXT.replace("an integer from 0 to 10 for every document from [1] to [{n}]",
+                      "every number from [1] to [{n}] once, the most helpful first")
+    .replace('{"[1]": 0, "[2]": 0, ...}', "[2] > [1] > ...")
+    .replace("the zeros stand for your scores", "the numbers stand for your order"))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -374,18 +314,6 @@ class Prompt:
         return hashlib.sha256(f"{self.system}\n---\n{self.user}".encode()).hexdigest()[:12]
 
 
-def read_prompt(path: str) -> Prompt:
-    """Read a template file: system text, a line that is only '---', user text."""
-    text = "\n" + Path(path).read_text(encoding="utf-8")  # so that '---' may be the first line
-    system, line, user = text.partition("\n---\n")
-    if not line:
-        raise ValueError(f"{path}: no line '---' between the system text and the user text")
-    try:
-        return Prompt(system.strip(), user.strip())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 # Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
 _HIDDEN = (r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0"
            r"\U000e0100-\U000e01ef")
@@ -401,19 +329,16 @@ _BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # text from PDFs hold
 
 def visible(text: str) -> str:
     """A stranger's text without control and invisible characters: fit for a prompt or a screen."""
-    text = _BREAKS.sub("\n", text.encode("utf-8", "replace").decode("utf-8"))
-    return _UNSEEN.sub("", text)
+    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
+    return _UNSEEN.sub("", _BREAKS.sub("\n", text))
 
 
 def defuse(text: str) -> str:
     """Make a query or document unable to pose as a part of the prompt or of an answer.
 
-    Bracketed numbers become (3), the answer's tags become (answer), invisible and control
-    characters vanish, every kind of line break becomes a newline and lone surrogates become '?'.
-    Other text is returned unchanged.
+    Bracketed numbers become (3), the answer's tags become (answer), what is invisible goes.
     """
-    text = _BRACKETED.sub(r"(\1)", visible(text))
-    return _TAGS.sub(r"(\1\2)", text)
+    return _TAGS.sub(r"(\1\2)", _BRACKETED.sub(r"(\1)", visible(text)))
 
 
 # Strings that end or open a turn for the Qwen, Llama and Mistral families.
@@ -469,47 +394,39 @@ def even_limit(lengths: Sequence[int], budget: int) -> int:
 class PromptEncoder:
     """Turns a query and documents into the token ids of a prompt.
 
-    The chat template and the prompt's own words are tokenised with their special tokens. Queries
-    and documents are tokenised apart, with `split_special_tokens`, so that no special token id can
-    come from them whatever they contain.
+    The prompt's own words and the chat template have their special tokens. Queries and documents
+    are tokenised apart, with `split_special_tokens`, so that none can come from what they contain.
     """
 
     QUERY, DOCUMENTS = "\ue0f0", "\ue0f1"  # private-use characters that mark the two slots
 
-    def __init__(self, tokenizer, *, max_doc_tokens: int, max_prompt_tokens: int):
+    def __init__(self, tokenizer, max_doc_tokens: int, max_prompt_tokens: int):
         self.tokenizer = tokenizer
         self.max_doc_tokens, self.max_prompt_tokens = max_doc_tokens, max_prompt_tokens
         added = tokenizer.added_tokens_decoder.values()
         self._plain_added = [token.content for token in added
                              if not token.special and not token.content.isspace()]
-        self._known: dict[str, list[int]] = {}
-        self._frames = functools.lru_cache(maxsize=256)(self._encode_frame)
-        self._fixed = functools.lru_cache(maxsize=1024)(self._encode_fixed)
+        self._frame = functools.lru_cache(maxsize=256)(self._encode_frame)
 
-    def _encode_fixed(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode_frame(self, prompt: Prompt, n: int) -> list[list[int] | int]:
+        """The prompt for n documents: token ids around slots, 0 for the query, i for document i."""
+        def fixed(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of queries or documents; texts that come again are not tokenised again."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            if len(self._known) > 200_000:  # a bound on the memory, not a cache policy
-                self._known, new = {}, list(dict.fromkeys(texts))
-            # Added tokens that are not "special", such as <think>, survive split_special_tokens.
-            clean = [break_chat_tokens(defuse(text), self._plain_added) for text in new]
-            ids = self.tokenizer(clean, add_special_tokens=False, split_special_tokens=True)
-            self._known |= zip(new, ids["input_ids"], strict=True)
-        return [self._known[text] for text in texts]
-
-    def _encode_frame(self, prompt: Prompt, n: int) -> list:
-        """The prompt for n documents as id lists with the two slots between them."""
         user = prompt.user.replace("{n}", str(n))
         user = user.replace("{query}", self.QUERY).replace("{documents}", self.DOCUMENTS)
         text = render_chat(self.tokenizer, prompt.system, user)
         pieces = re.split(f"([{self.QUERY}{self.DOCUMENTS}])", text)
         if len(pieces) != 5:
             raise ValueError("the tokenizer's chat template repeats or drops the user's text")
-        return [p if p in (self.QUERY, self.DOCUMENTS) else self._fixed(p) for p in pieces]
+        documents = []
+        for i in range(1, n + 1):
+            documents += [fixed("\n\n"), fixed(f"[{i}]"), i]
+        slots = {self.QUERY: [0], self.DOCUMENTS: documents[1:]}
+        frame = []
+        for piece in pieces:
+            frame += slots.get(piece, [fixed(piece)])
+        return frame
 
     def encode(self, prompt: Prompt, query: str, texts: Sequence[str]) -> tuple[list[int], int]:
         """Return (token ids, number of document tokens that were cut).
@@ -517,25 +434,24 @@ class PromptEncoder:
         Each document keeps at most max_doc_tokens; when the prompt is still longer than
         max_prompt_tokens, the longest documents are cut down evenly, never the instructions.
         """
-        frame = self._frames(prompt, len(texts))
-        query_ids, *documents = self.text_ids([query, *texts])
-        numbers = [self._fixed(f"[{i}]") for i in range(1, len(texts) + 1)]
-        gap = self._fixed("\n\n") if len(texts) > 1 else []
-        fixed = sum(len(p) for p in frame if not isinstance(p, str)) + len(query_ids)
-        fixed += sum(map(len, numbers)) + len(gap) * (len(texts) - 1)
-        budget = self.max_prompt_tokens - fixed
-        limit = min(self.max_doc_tokens, even_limit([len(d) for d in documents], budget))
+        frame = self._frame(prompt, len(texts))
+        # Added tokens that are not "special", such as <think>, survive split_special_tokens.
+        clean = [break_chat_tokens(defuse(text), self._plain_added) for text in (query, *texts)]
+        ids = self.tokenizer(clean, add_special_tokens=False, split_special_tokens=True)
+        query_ids, *documents = ids["input_ids"]
+        n_fixed = len(query_ids) + sum(len(part) for part in frame if isinstance(part, list))
+        budget = self.max_prompt_tokens - n_fixed
         if budget < len(texts):
             raise ValueError(
                 f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
-                f" documents: instructions and query take {fixed};"
+                f" documents: instructions and query take {n_fixed};"
                 " shorten the query, use fewer documents per group, or a longer context")
-        block: list[int] = []
-        for i, (number, document) in enumerate(zip(numbers, documents, strict=True)):
-            block += (gap if i else []) + number + document[:limit]
-        slots = {self.QUERY: query_ids, self.DOCUMENTS: block}
-        ids = [i for piece in frame for i in (slots[piece] if isinstance(piece, str) else piece)]
-        return ids, sum(max(len(d) - limit, 0) for d in documents)
+        limit = min(self.max_doc_tokens, even_limit([len(d) for d in documents], budget))
+        contents = [query_ids, *(document[:limit] for document in documents)]
+        prompt_ids: list[int] = []
+        for part in frame:
+            prompt_ids += part if isinstance(part, list) else contents[part]
+        return prompt_ids, sum(max(len(document) - limit, 0) for document in documents)
 
 
 def render_chat(tokenizer, system: str, user: str) -> str:
@@ -553,7 +469,7 @@ def render_chat(tokenizer, system: str, user: str) -> str:
         return tokenizer.apply_chat_template(as_chat("", f"{system}\n\n{user}"), **options)
 
 
-# --- Parser (Sec. 3.1): <reason> free text </reason> <answer> {"[1]": 7, ...} </answer> -----------
+# --- Parsers (Sec. 3.1): <reason> free text </reason> <answer> {"[1]": 7, ...} </answer> ----------
 
 SCORE_MAX = 10
 TAG_FAULT, JSON_FAULT = "bad_tags", "bad_json"
@@ -561,8 +477,7 @@ TAG_FAULT, JSON_FAULT = "bad_tags", "bad_json"
 STATUSES = (TAG_FAULT, JSON_FAULT, "out_of_range", "duplicate", "bad_score", "missing", "ok")
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What could be read out of one completion."""
     scores: list[int | None] | None  # per document, None where unusable; None when nothing was read
     status: str  # one of STATUSES
@@ -585,135 +500,71 @@ def parse_answer(text: str, n_docs: int) -> Answer:
     has no score. Text up to </think> and text before <reason> are ignored.
     """
     reason, inside, tags_ok = read_tags(text)
-    if inside is None:
-        return Answer(None, TAG_FAULT, reason)
-    pairs, json_ok = load_json_pairs(inside)
-    if pairs is None:
-        return Answer(None, JSON_FAULT if tags_ok else TAG_FAULT, reason)
-    scores, fault = read_scores(pairs, n_docs)
-    status = fault if json_ok else JSON_FAULT
-    return Answer(scores, status if tags_ok else TAG_FAULT, reason, fault == "out_of_range")
+    pairs, json_ok = load_json_pairs(inside or "")
+    scores, faults = (None, set()) if pairs is None else read_scores(pairs, n_docs)
+    status = worst_fault(faults, json_ok, tags_ok)
+    return Answer(scores, status, reason, "out_of_range" in faults)
+
+
+def worst_fault(faults: set[str], json_ok: bool, tags_ok: bool) -> str:
+    """The status of an answer: its worst fault, or "ok"."""
+    if not tags_ok:
+        return TAG_FAULT
+    return min(faults, key=STATUSES.index, default="ok") if json_ok else JSON_FAULT
 
 
 def read_tags(text: str) -> tuple[str, str | None, bool]:
     """Return (the reason, what stands in the last <answer> or None, whether the tags are right)."""
-    body = text[text.rfind("</think>") + 8 :] if "</think>" in text else text
-    tags = ("<reason>", "</reason>", "<answer>", "</answer>")
-    at = [body.find(tag) for tag in tags]
-    tags_ok = (all(body.count(tag) == 1 for tag in tags) and at == sorted(at)
-               and not body[at[1] + len(tags[1]) : at[2]].strip()
-               and not body[at[3] + len(tags[3]) :].strip())
-    reason_end = at[1] if at[1] > at[0] else len(body)
-    reason = body[at[0] + len(tags[0]) : reason_end].strip() if at[0] >= 0 else ""
-    opened = body.rfind("<answer>")
-    inside = body[opened + len("<answer>") :].partition("</answer>")[0] if opened >= 0 else None
-    return reason, inside, tags_ok
+    body = text.rpartition("</think>")[2]
+    reason = body.partition("<reason>")[2].partition("</reason>")[0].strip()
+    _, opened, rest = body.rpartition("<answer>")
+    inside = rest.partition("</answer>")[0] if opened else None
+    pieces = re.split("(</?(?:reason|answer)>)", body)  # text, tag, text, ..., tag, text
+    tags_ok = pieces[1::2] == ["<reason>", "</reason>", "<answer>", "</answer>"]
+    return reason, inside, tags_ok and not (pieces[4] + pieces[8]).strip()
 
 
-class _Pairs(tuple):
-    """A JSON object as (key, value) pairs: a dict would hide duplicate keys."""
-
-
-def load_json_pairs(text: str) -> tuple[_Pairs | None, bool]:
+def load_json_pairs(text: str) -> tuple[tuple | None, bool]:
     """Return (pairs of the JSON object in text or None, whether nothing else stood around it)."""
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
-        return None, False
-    around = (text[:start] + " " + text[end + 1 :]).split()
-    try:
-        value = json.loads(text[start : end + 1], object_pairs_hook=_Pairs,
+    start, end = text.find("{"), text.rfind("}") + 1
+    try:  # pairs, because a dict would hide duplicate keys
+        value = json.loads(text[start:end], object_pairs_hook=tuple,
                            parse_int=lambda digits: int(digits) if len(digits) < 9 else math.inf)
-    except (ValueError, RecursionError):  # RecursionError: brackets nested 100,000 deep
+    except (ValueError, RecursionError):  # the second where brackets nest 100,000 deep
         return None, False
-    clean = around in ([], ["```json", "```"], ["```", "```"])
-    return (value if isinstance(value, _Pairs) else None), clean
+    around = (text[:start] + " " + text[end:]).split()
+    return value, around in ([], ["```json", "```"], ["```", "```"])
 
 
-def read_scores(pairs: Sequence[tuple], n_docs: int) -> tuple[list[int | None], str]:
-    """Turn answer pairs into n_docs scores and the worst fault among them (or "ok")."""
+def read_scores(pairs: Sequence[tuple], n_docs: int) -> tuple[list[int | None], set[str]]:
+    """Turn answer pairs into n_docs scores and the faults among them."""
     scores: list[int | None] = [None] * n_docs
     seen: Counter[int] = Counter()
     faults = set()
     for key, value in pairs:
         digits = key.strip().removeprefix("[").removesuffix("]").strip()
-        number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else 0
+        number = int(digits) if re.fullmatch(r"\d{1,8}", digits, re.ASCII) else 0
         if not 1 <= number <= n_docs:
             faults.add("out_of_range")
             continue
         seen[number] += 1
+        if seen[number] > 1:
+            faults.add("duplicate")
         if type(value) is not int or not 0 <= value <= SCORE_MAX:
             faults.add("bad_score")
-        scores[number - 1] = whole_score(value)
-    for number, times in seen.items():
-        if times > 1:
-            faults.add("duplicate")
-            scores[number - 1] = None
+        scores[number - 1] = whole_score(value) if seen[number] == 1 else None
     if len(seen) < n_docs:
         faults.add("missing")
-    return scores, next((status for status in STATUSES if status in faults), "ok")
+    return scores, faults
 
 
 def whole_score(value) -> int | None:
     """7, 7.0 and "7" are 7; anything that is not a whole number from 0 to 10 is None."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 3:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,2}", value, re.ASCII):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return int(value) if 0 <= value <= SCORE_MAX and value == int(value) else None
-
-
-# --- Pointwise and listwise prompts: the paper's baselines, and the teachers of synth.py ----------
-
-POINTWISE_SYSTEM = f"""\
-You rate search results. You get a query and one document. Give the document a score for how much \
-it helps to answer the query.
-
-{RUBRIC}
-
-{UNTRUSTED}"""
-
-POINTWISE_USER = """\
-Query:
-{query}
-
-The document:
-
-{documents}
-
-Reply in exactly this form, with one integer from 0 to 10:
-<reason>
-what does the document contribute to answering the query?
-</reason>
-<answer>
-0
-</answer>
-where the zero stands for your score."""
-
-LISTWISE_SYSTEM = f"""\
-You rank search results. You get a query and a numbered list of documents. Compare the documents \
-with one another and order them by how much they help to answer the query, the best first.
-
-Usefulness comes first: the facts, the reasoning or the method that a good answer needs. Being on \
-the same topic comes second.
-
-{UNTRUSTED}"""
-
-LISTWISE_USER = """\
-Query:
-{query}
-
-The {n} documents:
-
-{documents}
-
-Reply in exactly this form, with every number from [1] to [{n}] once, the most helpful first:
-<reason>
-compare the documents: what does each contribute to answering the query?
-</reason>
-<answer>
-[2] > [1] > ...
-</answer>
-where the numbers stand for your order."""
 
 
 def parse_rating(text: str, n_docs: int = 1) -> Answer:
@@ -726,8 +577,8 @@ def parse_rating(text: str, n_docs: int = 1) -> Answer:
         return parse_answer(text, n_docs)
     number = re.fullmatch(r"(\d{1,2})(?:\.0{1,9})?", inside.strip(), re.ASCII)
     score = whole_score(number[1]) if number else None
-    status = "ok" if score is not None else "bad_score" if number else JSON_FAULT
-    return Answer([score], status if tags_ok else TAG_FAULT, reason)
+    faults = {"bad_score"} if score is None else set()
+    return Answer([score], worst_fault(faults, number is not None, tags_ok), reason)
 
 
 def parse_permutation(text: str, n_docs: int) -> Answer:
@@ -743,19 +594,18 @@ def parse_permutation(text: str, n_docs: int) -> Answer:
     numbers = [int(digits) for digits in re.findall(r"\d{1,9}", inside, re.ASCII)]
     known = [number for number in numbers if 1 <= number <= n_docs]
     if not known:
-        return Answer(None, JSON_FAULT if tags_ok else TAG_FAULT, reason)
+        return Answer(None, worst_fault(set(), False, tags_ok), reason)
     order = list(dict.fromkeys([*known, *range(1, n_docs + 1)]))
     scores: list[int | None] = [0] * n_docs
     for place, number in enumerate(order):
         scores[number - 1] = n_docs - place
-    faults = {"out_of_range": len(known) < len(numbers), "duplicate": len(set(known)) < len(known),
+    checks = {"out_of_range": len(known) < len(numbers), "duplicate": len(set(known)) < len(known),
               "missing": len(set(known)) < n_docs}
-    status = next((status for status in STATUSES if faults.get(status)), "ok")
-    return Answer(scores, status if tags_ok else TAG_FAULT, reason)
+    faults = {fault for fault, found in checks.items() if found}
+    return Answer(scores, worst_fault(faults, True, tags_ok), reason)
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A way to ask for relevance: the wording, and the reader of the answers."""
     prompt: Prompt
     parse: Callable[[str, int], Answer]
@@ -855,7 +705,7 @@ def score_rbo(scores: Sequence[float], gold: Sequence[float], p: float = 0.9) ->
     return evaluate.rank_biased_overlap(predicted, ideal, p)
 
 
-# --- GRPO math (Sec. 3.3, Eq. 7) ------------------------------------------------------------------
+# --- GRPO (Sec. 3.3, Eq. 7) -----------------------------------------------------------------------
 
 
 def relative_advantages(rewards, eps: float = 1e-4) -> np.ndarray:
@@ -892,12 +742,6 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: f
     return torch.minimum(unclipped, clipped)
 
 
-def clip_acts(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps: float) -> Tensor:
-    """(N,) whether the clip of Eq. 7 is what a token's objective stands on: it has no gradient."""
-    ratio = torch.exp(logp - old_logp)
-    return ((ratio < 1 - eps) & (advantages < 0)) | ((ratio > 1 + eps) & (advantages > 0))
-
-
 def grpo_loss(
     logp: Tensor,  # (N,) log-probabilities of all completion tokens, one sequence after another
     old_logp: Tensor,  # (N,) the same under the policy that sampled them
@@ -920,21 +764,786 @@ def grpo_loss(
     return -(weights * objective).sum()
 
 
-# --- Processes: several train together when torchrun starts them ----------------------------------
+# --- The prompt run once: packed rows and the log-probabilities of their completions --------------
+
+SHARED = "shared_prompt"  # the name of our attention among transformers' implementations
+
+
+def attend_shared_prompt(module, query, key, value, mask=None, *, scaling, shared=None, **_):
+    """An attention function of transformers: `shared` says which tokens see which.
+
+    query (1 or R, H, T, D), key and value (1 or R, H_kv, T, D), rotated already. Without `shared`
+    it is plain causal attention, for rows padded on the right. transformers builds no mask for it.
+    """
+    # Autocast leaves rotated queries and keys in float32; attention would cast them anyway.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if shared is None:
+        output = causal_attention(query, key, value, scaling)
+    else:
+        output = shared.attend(module.layer_idx, query, key, value, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def causal_attention(query, key, value, scaling) -> Tensor:
+    """Plain attention of T tokens to themselves and those before them."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+
+
+AttentionInterface.register(SHARED, attend_shared_prompt)
+
+
+def shares_prompts(model) -> bool:
+    """Whether a model runs a prompt once for all its answers."""
+    return model.get_decoder().config._attn_implementation == SHARED
+
+
+class PackedRow:
+    """Attention inside one packed row: block after block of [prompt, completion_1 .. completion_G].
+
+    A prompt attends to itself, a completion to its prompt and itself. A list in `kept` collects the
+    prompts' keys and values for decoding: for each layer, one (2, 1, H_kv, P, D) a prompt.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[int, Sequence[int]]]):
+        """blocks: for each prompt its number of tokens and those of its completions."""
+        self.blocks = blocks
+        self.kept: list[list[Tensor]] | None = None
+
+    def attend(self, layer: int, query, key, value, scaling) -> Tensor:
+        """Exact causal attention, (1, H, T, D) in and out."""
+        sizes = [size for n_prompt, lengths in self.blocks for size in (n_prompt, sum(lengths))]
+        parts = list(zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True))
+        prompts, answers = parts[::2], parts[1::2]
+        outputs = []
+        for (_, lengths), (q, k, v), answer in zip(self.blocks, prompts, answers, strict=True):
+            outputs.append(causal_attention(q, k, v, scaling))
+            if lengths:
+                outputs.append(attend_completions(*answer, k, v, lengths, scaling))
+        if self.kept is not None:
+            self.kept.append([torch.stack([k, v]) for _, k, v in prompts])
+        return torch.cat(outputs, dim=2)
+
+
+def attend_completions(query, key, value, prompt_key, prompt_value, lengths, scaling) -> Tensor:
+    """Completions of one prompt, each attending to the prompt and causally to itself.
+
+    query (1, H, sum C, D); prompt_key (1, H_kv, P, D). The completions become rows padded on the
+    right, where a causal mask hides the padding from every real token. The mask must be aligned at
+    the lower right: is_causal=True would align it at the upper left, silently wrong.
+    """
+    n_rows, longest = len(lengths), max(lengths)
+    slots = torch.arange(longest, device=query.device)
+    ends = torch.tensor(lengths, device=query.device)
+    real = slots < ends[:, None]  # (G, C)
+    index = torch.where(real, (ends.cumsum(0) - ends)[:, None] + slots, 0)
+
+    def rows(tensor):  # (1, H, sum C, D) -> (G, H, C, D)
+        return tensor[0][:, index].transpose(0, 1)
+
+    keys = torch.cat([prompt_key.expand(n_rows, -1, -1, -1), rows(key)], dim=2)
+    values = torch.cat([prompt_value.expand(n_rows, -1, -1, -1), rows(value)], dim=2)
+    mask = causal_lower_right(longest, keys.shape[2])
+    output = F.scaled_dot_product_attention(rows(query), keys, values, attn_mask=mask,
+                                            scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2)[real].transpose(0, 1)[None]  # (1, H, sum C, D)
+
+
+class Policy:
+    """A causal language model, asked for the log-probabilities of chosen next tokens only.
+
+    The logits of all other positions, most of a long prompt, are never computed.
+    """
+
+    def __init__(self, model, autocast: Callable = contextlib.nullcontext, chunk_tokens=1024):
+        """autocast() gives the context of mixed precision in which the model runs."""
+        self.model, self.autocast, self.chunk_tokens = model, autocast, chunk_tokens
+
+    def __call__(self, input_ids, position_ids, predictors, targets, shared=None):
+        """input_ids, position_ids (R, T); predictors (N,) index the R*T positions whose next token
+        is targets (N,). Returns log-probabilities (N,) and entropies (N,) in nats, float32.
+        """
+        options = {} if shared is None else {"shared": shared}
+        with self.autocast():
+            hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids,
+                                              use_cache=False, **options).last_hidden_state
+            hidden = hidden.flatten(0, 1)[predictors]  # (N, width)
+            head = self.model.get_output_embeddings()
+            n = self.chunk_tokens
+            parts = [checkpoint(token_logprobs, head, h, t, use_reentrant=False)
+                     for h, t in zip(hidden.split(n), targets.split(n), strict=True)]
+        logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logp, entropy
+
+
+def token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) and the entropy of the next-token distribution, for a chunk of positions.
+
+    hidden (N, width), targets (N,) -> two (N,). Soft-maxes in float32 (float64 stays float64).
+    Checkpointed by the caller, so that the N x V logits live one chunk at a time.
+    """
+    logits = head(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_z = logits.logsumexp(-1)
+    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
+    with torch.no_grad():
+        entropy = log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(-1)
+    return logp, entropy
+
+
+Block = tuple[Sequence[int], Sequence[Sequence[int]]]  # prompt ids, ids of its completions
+
+
+def completion_logprobs(policy: Policy, blocks: Sequence[Block], packed: bool):
+    """Log-probability and entropy (N,) of every completion token, completions one after another.
+
+    Packed: one row, every prompt once. Otherwise one right-padded row a completion: the reference
+    that the packed path is tested against.
+    """
+    device = policy.model.device
+    if packed:
+        return policy(*packed_inputs(blocks, device))
+    rows = [(prompt, c) for prompt, completions in blocks for c in completions]
+    # Padding stands on the right, after every real token: a causal model needs no mask for it.
+    ids = pad_sequence([torch.tensor([*prompt, *c]) for prompt, c in rows], batch_first=True)
+    longest = ids.shape[1]
+    predictors, targets = [], []
+    for i, (prompt, completion) in enumerate(rows):
+        first = i * longest + len(prompt) - 1  # the last prompt token predicts the first answer's
+        predictors += range(first, first + len(completion))
+        targets += completion
+    positions = torch.arange(longest, device=device)[None]
+    chosen = (torch.tensor(numbers, device=device) for numbers in (predictors, targets))
+    return policy(ids.to(device), positions, *chosen)
+
+
+def packed_inputs(blocks: Sequence[Block], device) -> tuple:
+    """Arguments of a Policy for one row [prompt, completion_1 .. completion_G] per block.
+
+    The positions of each completion go on from the end of its prompt, and the last token of the
+    prompt predicts the first token of every completion.
+    """
+    ids, positions, predictors, targets = [], [], [], []
+    for prompt, completions in blocks:
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        for completion in completions:
+            predictors += [last, *range(len(ids), len(ids) + len(completion) - 1)]
+            targets += completion
+            positions += range(len(prompt), len(prompt) + len(completion))
+            ids += completion
+    layout = PackedRow([(len(p), [len(c) for c in cs]) for p, cs in blocks])
+    rows = ([ids], [positions], predictors, targets)
+    return *(torch.tensor(row, device=device) for row in rows), layout
+
+
+def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequence[int]],
+                max_tokens: int, packed: bool) -> list[list[tuple[int, list[int]]]]:
+    """Split a step into passes of at most max_tokens: lists of (prompt, its completions).
+
+    Packed: a prompt's completions stay together while they fit. Otherwise every completion is a
+    row, and rows of like length share a pass. What is longer than the budget gets its own pass.
+    """
+    pieces = []  # (tokens, prompt, completions)
+    for b, lengths in enumerate(completion_tokens):
+        chosen, total = [], prompt_tokens[b]
+        for g, length in enumerate(lengths):
+            if chosen and (not packed or total + length > max_tokens):
+                pieces.append((total, b, chosen))
+                chosen, total = [], prompt_tokens[b]
+            chosen.append(g)
+            total += length
+        if chosen:
+            pieces.append((total, b, chosen))
+    pieces.sort(key=lambda piece: (-piece[0], piece[1]))
+    passes: list[list[tuple[int, list[int]]]] = []
+    used = longest = 0
+    for tokens, b, chosen in pieces:
+        needed = tokens if packed else longest  # a row is padded to the first one of its pass
+        if not passes or used + needed > max_tokens:
+            passes.append([])
+            used, longest, needed = 0, tokens, tokens
+        passes[-1].append((b, chosen))
+        used += needed
+    return passes
+
+
+# --- Decoding: many answers to each prompt, the prompt's keys and values stored once --------------
+
+
+class DecodingCache:
+    """Keys and values while decoding G answers to each of B prompts, the prompts' stored once.
+
+    Every step adds one token to each of the R = B*G answers. An answer attends to its prompt and to
+    itself; the two sets of attention logits share one softmax, so this is exact attention.
+    """
+
+    def __init__(self, kept: list[list[Tensor]], n_answers: int):
+        """kept: per layer and prompt, keys and values (2, 1, H_kv, P, D), as PackedRow keeps."""
+        lengths = torch.tensor([pair.shape[3] for pair in kept[0]], device=kept[0][0].device)
+        longest = int(lengths.max())
+        padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (B, P)
+        self.padding = padding if padding.any() else None
+        self.prompt_tokens, self.n_answers, self.length = lengths, n_answers, 0
+        self.prompts, self.answers = [], []  # per layer: (2, B, H_kv, P, D) and (2, R, H_kv, C, D)
+        for layer in kept:
+            padded = [F.pad(pair, (0, 0, 0, longest - pair.shape[3])) for pair in layer]
+            self.prompts.append(torch.cat(padded, dim=1))
+            self.answers.append(self.prompts[-1][:, :, :, :0].repeat_interleave(n_answers, 1))
+            layer.clear()  # free the unpadded copy before the next layer is padded
+
+    def attend(self, layer: int, query, key, value, scaling) -> Tensor:
+        """One new token an answer: query (R, H, 1, D), key and value (R, H_kv, 1, D)."""
+        n_answers, n_kv = self.n_answers, key.shape[1]
+        prompt_keys, prompt_values = self.prompts[layer]
+        keys, values = self._append(layer, key, value).unflatten(1, (-1, n_answers))
+        rows = query.reshape(-1, n_answers, n_kv, query.shape[1] // n_kv, query.shape[3])
+
+        def by_prompt(rows):  # (B, G, H_kv, H/H_kv, X) -> (B, H_kv, G * H/H_kv, X)
+            return rows.transpose(1, 2).flatten(2, 3)
+
+        def by_answer(rows):  # and back
+            return rows.unflatten(2, (n_answers, -1)).transpose(1, 2)
+
+        to_prompt = (by_prompt(rows) @ prompt_keys.mT).float() * scaling
+        if self.padding is not None:
+            to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
+        to_answer = by_prompt(rows @ keys.mT).float() * scaling
+        weights = torch.cat([to_prompt, to_answer], dim=-1).softmax(-1).to(query.dtype)
+        of_prompt, of_answer = weights.split([to_prompt.shape[-1], to_answer.shape[-1]], dim=-1)
+        output = by_answer(of_prompt @ prompt_values) + by_answer(of_answer) @ values
+        return output.reshape(query.shape)
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
+        """Write one token into a buffer that doubles when full; returns what is filled."""
+        buffer = self.answers[layer]
+        if self.length == buffer.shape[3]:
+            buffer = F.pad(buffer, (0, 0, 0, max(64, self.length)))
+            self.answers[layer] = buffer
+        buffer[0, :, :, self.length] = key[:, :, 0]
+        buffer[1, :, :, self.length] = value[:, :, 0]
+        return buffer[:, :, :, : self.length + 1]
+
+    def keep(self, prompts: Tensor, rows: Tensor, n_answers: int) -> None:
+        """Go on with these prompts, and with these rows as their answers."""
+        if len(prompts) < len(self.prompt_tokens):
+            self.prompts = [pair[:, prompts] for pair in self.prompts]
+            self.prompt_tokens = self.prompt_tokens[prompts]
+            self.padding = None if self.padding is None else self.padding[prompts]
+        self.answers = [pair[:, rows] for pair in self.answers]
+        self.n_answers = n_answers
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Draw one token a row by inverting the distribution function at a uniform number.
+
+    logits (R, V), uniforms (R,) float64 in [0, 1) -> (R,). temperature 0 is greedy. The draw of a
+    row depends on its own logits and number alone, not on what else is in the batch.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1).double()
+    if top_p < 1:
+        probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the best one stays
+    cdf = probs.cumsum(-1)
+    place = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
+    place = place.clamp(max=logits.shape[-1] - 1)
+    return (place if top_p >= 1 else order.gather(-1, place)).squeeze(-1)
+
+
+def random_stream(seed: Sequence[int | str], n: int) -> np.ndarray:
+    """n uniform numbers of the stream named by `seed`, for example (seed, step, id, rollout)."""
+    words = [s if isinstance(s, int) else zlib.crc32(s.encode()) for s in seed]
+    return np.random.default_rng(np.random.SeedSequence(words)).random(n)
+
+
+def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
+    """Run each prompt once. Returns the logits after each (B, V), and the keys and values."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    states: list = [None] * len(prompts)  # the last hidden state of each
+    kept = [[None] * len(prompts) for _ in range(decoder.config.num_hidden_layers)]
+    for chunk in plan_passes([len(p) for p in prompts], [[0]] * len(prompts), max_tokens, True):
+        chosen = sorted(b for b, _ in chunk)
+        blocks = [(prompts[b], []) for b in chosen]
+        ids, positions, _, _, row = packed_inputs(blocks, model.device)
+        row.kept = []
+        hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False,
+                         shared=row).last_hidden_state[0]  # (T, width)
+        ends = itertools.accumulate(len(prompts[b]) for b in chosen)
+        for i, (b, end) in enumerate(zip(chosen, ends, strict=True)):
+            states[b] = hidden[end - 1].clone()
+            for layer, pairs in zip(kept, row.kept, strict=True):
+                layer[b] = pairs[i]
+    return head(torch.stack(states)), kept
+
+
+@torch.no_grad()
+def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
+                   max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
+                   top_p: float = 1.0) -> list[list[list[int]]]:
+    """Decode len(seeds[b]) answers to each prompt b, as many for every prompt; (B, G) lists of ids.
+
+    Each answer draws from its own random stream, so it does not depend on the others, which are
+    dropped as they end. One that ended holds its end token; one that was cut does not.
+    """
+    assert not model.training, "decode in eval(): gradient checkpointing and dropout are off there"
+    decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
+    streams = [random_stream(seed, max_new_tokens) for row in seeds for seed in row]
+    uniforms = torch.from_numpy(np.stack(streams)).to(device)  # (R, C)
+    logits, kept = prefill(model, prompts)
+    cache = DecodingCache(kept, len(seeds[0]))
+    logits = logits.repeat_interleave(cache.n_answers, 0)  # (R, V)
+    rows = torch.arange(len(logits), device=device)  # the answer that each slot decodes
+    live = torch.ones_like(rows, dtype=torch.bool)
+    tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
+    ends = torch.tensor(list(end_ids), device=device)
+    for step in range(max_new_tokens):
+        new = sample_tokens(logits, uniforms[rows, step], temperature, top_p)
+        tokens[rows[live], step] = new[live]
+        live &= ~torch.isin(new, ends)
+        n_live = int(live.sum())
+        if n_live == 0 or step + 1 == max_new_tokens:
+            break
+        if n_live <= len(rows) // 2:
+            grid = compact_slots(live.view(-1, cache.n_answers))
+            slots = grid.flatten()
+            cache.keep(grid[:, 0] // cache.n_answers, slots, grid.shape[1])
+            rows, live, new = rows[slots], live[slots], new[slots]
+        positions = cache.prompt_tokens.repeat_interleave(cache.n_answers) + step
+        states = decoder(input_ids=new[:, None], position_ids=positions[:, None], use_cache=False,
+                         shared=cache).last_hidden_state
+        cache.length += 1
+        logits = head(states[:, 0])
+    answers = [cut_answer(ids, end_ids) for ids in tokens.tolist()]
+    n = len(seeds[0])
+    return [answers[start : start + n] for start in range(0, len(answers), n)]
+
+
+def compact_slots(live: Tensor) -> Tensor:
+    """Which slots go on: (B', G') indices into the flat (B, G) grid `live`.
+
+    Prompts without a live answer go; the others keep as many slots as the busiest of them needs,
+    live ones first, so that the rest of a row is filled by answers that have ended.
+    """
+    counts = live.sum(1)
+    order = live.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    order = order + torch.arange(len(live), device=live.device)[:, None] * live.shape[1]
+    return order[counts > 0, : int(counts.max())]
+
+
+def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Decoded ids up to and including the first end token."""
+    stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
+    return ids[: stop + 1]
+
+
+# --- One training step (Eq. 3, Eq. 7) -------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """A training row as token ids."""
+    id: str
+    prompt: list[int]
+    gold: tuple[float, ...] | None  # a score a document, what GRPO learns from
+    response: list[int] | None  # what SFT learns from, with the end token, trained like any other
+
+
+class Sampled(NamedTuple):
+    """An answer: its token ids, and its log-probabilities where a server told them."""
+    ids: list[int]
+    logp: list[float] | None = None
+
+
+class Step(NamedTuple):
+    """What one optimizer step did."""
+    sums: Counter  # over this process's share: to be added up over all processes
+    numbers: dict[str, float]  # the same on every process
+    samples: Sequence[tuple[str, list[int], Reward]] = ()  # row id, answer and its reward
+
+
+def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], lr: float,
+             max_tokens_per_pass: int) -> Step:
+    """One step of the cold start, Eq. 3: descend the mean of -log p over all response tokens.
+
+    share(costs) deals out this process's part of the batch. The denominator is the token count of
+    the whole batch, so that the split into passes, their order and their padding cannot change the
+    gradient.
+    """
+    n_tokens = sum(len(item.response) for item in items)
+    mine = [items[i] for i in share([len(i.prompt) + len(i.response) for i in items])]
+    prompts, responses = [len(i.prompt) for i in mine], [[len(i.response)] for i in mine]
+    sums = Counter(loss=0.0)
+    policy.model.train()  # gradient checkpointing works in this mode alone
+    for chosen in plan_passes(prompts, responses, max_tokens_per_pass, packed=False):
+        blocks = [(mine[b].prompt, [mine[b].response]) for b, _ in chosen]
+        logp, entropy = completion_logprobs(policy, blocks, packed=False)  # (N,), (N,)
+        weights = torch.full_like(logp, 1 / n_tokens)
+        loss = -(weights * logp).sum()  # Eq. 3
+        optimizer.backward(loss)
+        sums.update(loss=loss.item(), entropy=(weights * entropy).sum().item())
+    grad_norm, moved = optimizer.step(lr)
+    return Step(sums, {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
+                       "completion_tokens": n_tokens / len(items), "n_tokens": n_tokens})
+
+
+def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Callable,
+              share: Callable, items: Sequence[Item], seeds, lr: float, end_ids,
+              cfg: Config) -> Step:
+    """One step of GRPO, Eq. 7: sample, reward, compare within each prompt, move.
+
+    answer(prompts, seeds) samples G answers to each prompt at temperature 1, none where it could
+    not; reward(ids, gold) is Eq. 4-6; reference(blocks) gives log-probabilities for the KL term, or
+    is None; share(costs) deals out this process's part of the batch.
+    """
+    # Sample G answers to each of B prompts: y_i ~ policy(. | x).
+    answers = answer([item.prompt for item in items], seeds)  # (B, G)
+    answered = [(item, row) for item, row in zip(items, answers, strict=True) if row]
+    numbers = {"dropped": len(items) - len(answered), "lr": lr}
+    if not answered:
+        return Step(Counter(loss=math.nan), numbers | {"skipped": 1, "n_tokens": 0})
+    items, answers = zip(*answered, strict=True)
+
+    # Reward each answer (Eq. 4-6), and compare it with the others to its prompt.
+    rewards = [[reward(a.ids, item.gold) for a in row] for item, row in answered]  # (B, G)
+    advantages = relative_advantages([[r.total for r in row] for row in rewards])  # (B, G)
+
+    # Move the policy up Eq. 7, pass by pass: any split gives the same gradient.
+    passes = build_passes(items, answers, advantages, share, policy.model, cfg.max_tokens_per_pass)
+    policy.model.train()  # gradient checkpointing works in this mode alone
+    sums: Counter = Counter()
+    for _ in range(cfg.updates_per_batch):
+        sums = Counter(loss=0.0, told=sums["told"], mismatch=sums["mismatch"])  # of the first
+        for part in passes:
+            sums.update(grpo_pass(policy, reference, optimizer, part, cfg))
+        grad_norm, moved = optimizer.step(lr)
+
+    numbers |= {"grad_norm": grad_norm, "skipped": int(not moved)}
+    numbers |= rollout_numbers(rewards, answers, end_ids)
+    samples = [(item.id, row[0].ids, r[0])
+               for item, row, r in zip(items, answers, rewards, strict=True)]
+    return Step(sums, numbers, samples[:2])
+
+
+@dataclass
+class Pass:
+    """One forward and backward pass of a GRPO step, with what later updates of the batch reuse.
+
+    All tensors hold one number a completion token, (N,).
+    """
+    blocks: list[Block]
+    advantages: Tensor
+    weights: Tensor  # 1 / (sequences in the step * tokens in the sequence)
+    sampler_logp: Tensor | None = None  # what a server said; NaN where it said nothing
+    old_logp: Tensor | None = None  # under the policy that sampled; set by the first update
+    ref_logp: Tensor | None = None
+
+
+def build_passes(items: Sequence[Item], answers: Sequence[Sequence[Sampled]],
+                 advantages: np.ndarray, share: Callable, model, max_tokens: int) -> list[Pass]:
+    """The passes over this process's share of a batch; tokens get their weight in all of it."""
+    prompts = [len(item.prompt) for item in items]
+    lengths = [[len(a.ids) for a in row] for row in answers]  # (B, G)
+    n_sequences = sum(map(len, lengths))
+    mine = set(share([p + sum(row) for p, row in zip(prompts, lengths, strict=True)]))
+    my_lengths = [row if b in mine else [] for b, row in enumerate(lengths)]
+    passes = []
+    for chunk in plan_passes(prompts, my_lengths, max_tokens, shares_prompts(model)):
+        blocks = [(items[b].prompt, [answers[b][g].ids for g in gs]) for b, gs in chunk]
+        per_token, weights, told = [], [], []  # (N,), completions one after another
+        for b, g in [(b, g) for b, gs in chunk for g in gs]:
+            n = lengths[b][g]
+            per_token += [advantages[b, g]] * n
+            weights += [1 / (n_sequences * n)] * n
+            told += answers[b][g].logp or [math.nan] * n
+        rows = torch.tensor([per_token, weights, told], dtype=torch.float32, device=model.device)
+        passes.append(Pass(blocks, rows[0], rows[1], None if rows[2].isnan().all() else rows[2]))
+    return passes
+
+
+def grpo_pass(policy: Policy, reference, optimizer, part: Pass, cfg: Config) -> dict:
+    """Forward and backward of Eq. 7 over one pass. Returns sums over its tokens."""
+    if reference is not None and part.ref_logp is None:
+        part.ref_logp = reference(part.blocks)
+    logp, entropy = completion_logprobs(policy, part.blocks, shares_prompts(policy.model))
+    sums = {"tokens": len(logp), "entropy": entropy.sum().item(), "kl": 0.0}
+    if part.old_logp is None:
+        # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
+        part.old_logp = logp.detach()
+        if part.sampler_logp is not None:  # by a server, which never agrees exactly
+            gaps = (part.old_logp - part.sampler_logp).abs()
+            part.old_logp = part.sampler_logp.where(~gaps.isnan(), part.old_logp)
+            sums |= {"told": (~gaps.isnan()).sum().item(), "mismatch": gaps.nansum().item()}
+    loss = grpo_loss(logp, part.old_logp, part.ref_logp, part.advantages, part.weights,
+                     clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef)
+    optimizer.backward(loss)
+    with torch.no_grad():
+        if part.ref_logp is not None:
+            sums["kl"] = k3_divergence(logp, part.ref_logp).sum().item()
+        ratio, rising = torch.exp(logp - part.old_logp), part.advantages > 0
+        acts = torch.where(rising, ratio > 1 + cfg.clip_eps, ratio < 1 - cfg.clip_eps)
+        acts &= part.advantages != 0  # where the clip acts, a token has no gradient
+        return sums | {"loss": loss.item(), "clip_share": acts.sum().item()}
+
+
+def rollout_numbers(rewards: Sequence[Sequence[Reward]],
+                    answers: Sequence[Sequence[Sampled]], end_ids: Sequence[int]) -> dict:
+    """Means over all rollouts of a batch, for the log."""
+    flat = [reward for row in rewards for reward in row]
+    ids = [answer.ids for row in answers for answer in row]
+    totals = np.array([[r.total for r in row] for row in rewards])  # (B, G)
+    parts = {f"reward/{name}": [getattr(r, name) for r in flat]
+             for name in ("ndcg", "recall", "alignment", "rbo")}
+    columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
+               "completion_tokens": [len(a) for a in ids],
+               "truncated": [a[-1] not in end_ids for a in ids],
+               "zero_spread": np.ptp(totals, axis=1) < 1e-8}
+    means = {name: float(np.mean(values)) for name, values in columns.items()}
+    return means | {"n_tokens": sum(map(len, ids))}
+
+
+# --- Rerank (Eq. 1, Sec. 4.5) ---------------------------------------------------------------------
+
+
+class Candidates(NamedTuple):
+    """One query and its first-stage list, best first."""
+    qid: str
+    query: str
+    ids: list[str]
+    texts: Sequence[str]
+    scores: list[float]
+
+
+def plan_groups(n_docs: int, docs_per_group: int, rounds: int, stride: int,
+                rng: np.random.Generator, by_rank: bool = False) -> list[list[list[int]]]:
+    """Eq. 1: for each round, split 0..n_docs-1 at random into M = ceil(N / c) groups.
+
+    Sizes differ by at most one. With 0 < stride < c the groups of c overlap: they start every
+    `stride` documents of the shuffled circle. With by_rank a group holds neighbouring ranks, still
+    in random order: the two differ in who is compared with whom, not in what stands first.
+    """
+    plan = []
+    for _ in range(rounds):
+        order = np.arange(n_docs) if by_rank else rng.permutation(n_docs)
+        if 0 < stride < docs_per_group < n_docs:
+            starts = range(0, n_docs, stride)
+            groups = [np.take(order, range(s, s + docs_per_group), mode="wrap") for s in starts]
+        else:
+            groups = np.array_split(order, math.ceil(n_docs / docs_per_group))
+        if by_rank:
+            groups = [rng.permutation(group) for group in groups]
+        plan.append([group.tolist() for group in groups])
+    return plan
+
+
+def window_places(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
+    """Places [start, end) of the windows that slide up a list, from its bottom to its top.
+
+    1 + ceil((N - w) / s) windows for N > w, else one. The last may be short, as in rank_llm.
+
+    >>> window_places(95, 40, 20)
+    [(55, 95), (35, 75), (15, 55), (0, 35)]
+    """
+    n_moves = max(math.ceil((n_docs - window) / step), 0)
+    return [(max(n_docs - window - k * step, 0), n_docs - k * step) for k in range(n_moves + 1)]
+
+
+def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float],
+                weight: float) -> list[float | None]:
+    """fused = (1 - w) * mean score / 10 + w * minmax(first-stage score), one query at a time.
+
+    Min-max is what makes the weight mean something: raw BM25 scores would drown the model's. A
+    constant first-stage list counts as 0. Documents without a score stay without (None).
+    """
+    scaled = evaluate.minmax(first_stage)
+    return [None if mean is None else (1 - weight) * mean / 10 + weight * float(first)
+            for mean, first in zip(mean_scores, scaled, strict=True)]
+
+
+def order_candidates(scores: Sequence[float | None]) -> list[int]:
+    """Positions best first; ties by first-stage rank; unscored documents keep their places.
+
+    >>> order_candidates([0.1, None, 0.9, 0.1])
+    [2, 1, 0, 3]
+    """
+    scored = [i for i, score in enumerate(scores) if score is not None]
+    best_first = iter(sorted(scored, key=lambda i: (-scores[i], i)))
+    return [i if score is None else next(best_first) for i, score in enumerate(scores)]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One prompt to be answered, and the random stream that its answer draws from."""
+    prompt: Prompt
+    query: str
+    texts: tuple[str, ...]
+    seed: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer, or why there is none. An error never travels as text."""
+    text: str
+    truncated: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str = ""
+    hopeless: bool = False  # an error that the same prompt would meet again
+    sampled: tuple[Sampled, ...] = ()  # several answers in tokens, instead of one in text
+
+
+@dataclass
+class Group:
+    """One prompt of a query in one round, and what was read out of its answers so far."""
+    query: Candidates
+    docs: list[int]  # positions in the query's first-stage list, in the order of the prompt
+    seed: tuple[int | str, ...]
+    scores: list[int | None]
+    reason: str = ""
+
+
+class Ranking(NamedTuple):
+    """The reranked list of one query."""
+    order: list[int]  # positions in the first-stage list, best first
+    votes: list[list[int]]  # scores that each position got, one a group or window that holds it
+    means: list[float | None]  # their mean (listwise: the place) on 0-10, None where there was none
+    finals: list[float | None]  # fused score of each position
+    reasons: list[tuple[list[int], str]]  # documents of each group and the model's reason
+
+
+def ask_groups(backend: Callable, method: Method, groups: list[Group], cfg: Config, counts: Counter,
+               progress: tqdm | None = None) -> None:
+    """Fill in the groups' scores; a group with an unusable answer is asked again with a new seed.
+
+    When all tries fail, the valid scores of the tries stand, the earliest first.
+    """
+    for attempt in range(cfg.retries + 1):
+        if attempt:
+            counts["retried"] += len(groups)
+        # Greedy decoding would repeat its own mistake: a second try always samples.
+        temperature = max(cfg.temperature, 0.3) if attempt else cfg.temperature
+        chats = [Chat(method.prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
+                      (*g.seed, attempt)) for g in groups]
+        completions = backend(chats, temperature, cfg.top_p, None if attempt else progress)
+        failed = []
+        for group, completion in zip(groups, completions, strict=True):
+            answer = count_answer(completion, method, len(group.docs), counts)
+            if answer.scores is not None:
+                pairs = zip(group.scores, answer.scores, strict=True)
+                group.scores = [new if old is None else old for old, new in pairs]
+            if answer.complete:
+                group.scores, group.reason = answer.scores, answer.reason
+            elif completion.hopeless:
+                counts["failed groups"] += 1
+            else:
+                failed.append(group)
+        groups = failed
+        if not groups:
+            break
+    counts["failed groups"] += len(groups)
+
+
+def count_answer(completion: Completion, method: Method, n_docs: int, counts: Counter) -> Answer:
+    """Parse one completion and count what it was; an error is counted and never parsed."""
+    counts["calls"] += 1
+    counts["prompt tokens"] += completion.prompt_tokens
+    counts["completion tokens"] += completion.completion_tokens
+    if completion.error:
+        counts["errors"] += 1
+        counts[f"error: {completion.error[:200]}"] += 1
+        return Answer(None, TAG_FAULT)
+    text = completion.text
+    if completion.truncated:
+        text = text.rstrip("0123456789")  # the 1 at the cut may be the start of a 10
+    answer = method.parse(text, n_docs)
+    counts[answer.status] += 1
+    counts["truncated"] += completion.truncated
+    return answer
+
+
+def score_groups(backend: Callable, method: Method, queries: Sequence[Candidates], cfg: Config,
+                 counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
+    """Groupwise (Eq. 1) and pointwise: all groups of all rounds are independent prompts."""
+    groups_of = [plan_query(query, cfg) for query in queries]
+    ask_groups(backend, method, [g for groups in groups_of for g in groups], cfg, counts, progress)
+    return [fuse_ranking(query, groups, cfg)
+            for query, groups in zip(queries, groups_of, strict=True)]
+
+
+def plan_query(query: Candidates, cfg: Config) -> list[Group]:
+    """The groups of all rounds of a query; pointwise, every document is its own."""
+    rng = np.random.default_rng([cfg.seed, zlib.crc32(query.qid.encode())])
+    docs_per_group = 1 if cfg.method == "pointwise" else cfg.docs_per_group
+    plan = plan_groups(len(query.ids), docs_per_group, cfg.rounds, cfg.docs_stride, rng,
+                       cfg.grouping == "rank")
+    return [Group(query, docs, (cfg.seed, query.qid, t, m), [None] * len(docs))
+            for t, round_groups in enumerate(plan) for m, docs in enumerate(round_groups)]
+
+
+def slide_windows(backend: Callable, method: Method, queries: Sequence[Candidates], cfg: Config,
+                  counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
+    """Listwise: the windows of a query wait for one another, so all queries go on side by side."""
+    orders = [list(range(len(query.ids))) for query in queries]
+    groups_of: list[list[Group]] = [[] for _ in queries]
+    slides = [slide_window(query, order, groups, cfg)
+              for query, order, groups in zip(queries, orders, groups_of, strict=True)]
+    for windows in itertools.zip_longest(*slides):  # the next window of every query that has one
+        ask_groups(backend, method, [w for w in windows if w], cfg, counts, progress)
+    return [fuse_ranking(query, groups, cfg, order)
+            for query, groups, order in zip(queries, groups_of, orders, strict=True)]
+
+
+def slide_window(query: Candidates, order: list[int], groups: list[Group],
+                 cfg: Config) -> Iterator[Group]:
+    """Yield each window of a query, and reorder what it holds once its answer has been read.
+
+    All windows are added to `groups`. One without a usable answer keeps its order.
+    """
+    for t in range(cfg.rounds):
+        for k, (start, end) in enumerate(window_places(len(order), cfg.window, cfg.step)):
+            docs = order[start:end]
+            group = Group(query, docs, (cfg.seed, query.qid, t, k), [None] * len(docs))
+            groups.append(group)
+            yield group
+            order[start:end] = [docs[i] for i in order_candidates(group.scores)]
+
+
+def fuse_ranking(query: Candidates, groups: Sequence[Group], cfg: Config,
+                 places: list[int] | None = None) -> Ranking:
+    """Fuse each document's mean score with the first stage, and sort.
+
+    `places`, the order that windows led to, counts instead of the mean: 10 for the first, 10 / N
+    for the last of N. A document that no usable group or window held has no score.
+    """
+    votes: list[list[int]] = [[] for _ in query.ids]
+    for group in groups:
+        for position, score in zip(group.docs, group.scores, strict=True):
+            if score is not None:
+                votes[position].append(score)
+    means = [sum(v) / len(v) if v else None for v in votes]
+    for place, i in enumerate(places or ()):
+        means[i] = SCORE_MAX * (1 - place / len(places)) if votes[i] else None
+    finals = fuse_scores(means, query.scores, cfg.fusion_weight)
+    order = order_candidates(finals)
+    assert sorted(order) == list(range(len(query.ids))), "every document once"
+    reasons = [(group.docs, group.reason) for group in groups]
+    return Ranking(order, votes, means, finals, reasons)
+
+
+# === Part II: what makes it run ===================================================================
+
+# --- Processes: torchrun starts several that train together ---------------------------------------
 
 
 def join_processes() -> None:
-    """Meet the processes that torchrun started. Only the first one prints and writes files.
-
-    Without torchrun there is nothing to meet, and none of what follows communicates.
-    """
+    """Meet the processes that torchrun started. Only the first one prints and writes files."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     local, n_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if n_devices and local >= n_devices:
+        raise ValueError(f"torchrun --nproc-per-node exceeds the {n_devices} CUDA devices here")
     if n_devices:
-        if local >= n_devices:
-            raise ValueError(f"torchrun --nproc-per-node is larger than the {n_devices} CUDA"
-                             " devices here")
         torch.cuda.set_device(local)
     # Lists travel over gloo, tensors on CUDA over NCCL. Hours: one may wait for another's rollouts.
     dist.init_process_group("cpu:gloo,cuda:nccl" if n_devices else "gloo",
@@ -971,50 +1580,18 @@ def on_first(work: Callable, *args):
     return gather(work(*args) if is_first() else None)[0]
 
 
-def deal(costs: Sequence[float], n_shares: int) -> list[list[int]]:
-    """Indices of the items in n shares of like cost: the costliest first, to whoever has least."""
-    shares, loads = [[] for _ in range(n_shares)], [0.0] * n_shares
+def my_share(costs: Sequence[float]) -> list[int]:
+    """Indices of the items that this process takes: the costliest first, to whoever has least."""
+    number, n_processes = processes()
+    shares, loads = [[] for _ in range(n_processes)], [0.0] * n_processes
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         least = loads.index(min(loads))
         shares[least].append(i)
         loads[least] += costs[i]
-    return [sorted(share) for share in shares]
+    return sorted(shares[number])
 
 
-def my_share(costs: Sequence[float]) -> list[int]:
-    """Indices of the items that this process takes; all processes must agree on the costs."""
-    number, n_processes = processes()
-    return deal(costs, n_processes)[number]
-
-
-def shard(policy: Policy, device: torch.device) -> None:
-    """Leave a part of each weight on each process; a layer is gathered while it runs.
-
-    Backward passes then add the *mean* of the processes' gradients. All processes must run the
-    policy equally often, or they wait for each other for ever.
-    """
-    mesh = init_device_mesh(device.type, (processes()[1],))
-    for layer in policy.model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)  # embeddings, last norm and head: what the layers left
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in one piece, on the CPU of the first process; nothing on the others."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    full = tensor.full_tensor()
-    return full.cpu() if is_first() else torch.empty(0)
-
-
-def cut_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that `whole` put together."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-# --- Model: device, precision, LoRA ---------------------------------------------------------------
+# --- Models: device, precision, loading, LoRA -----------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -1029,7 +1606,7 @@ class Machine:
         """Mixed precision: matrix products in `dtype`, reductions and weights in float32.
 
         The cache keeps the cast weights until the end: for decoding, which uses them at each token.
-        In a training pass it would hold a whole copy, on every process even where they are sharded.
+        In a training pass it would hold a whole copy of the model.
         """
         on = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=on, cache_enabled=cache)
@@ -1037,18 +1614,13 @@ class Machine:
 
 def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
     """Resolve --device and --precision: bf16 on CUDA, float32 on CPU unless told otherwise."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        message = f"--device {device}: not a device; use auto, cpu, cuda or cuda:N"
-        raise ValueError(message) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
-    if chosen.index is not None and processes()[1] > 1:
-        raise ValueError(f"--device {device}: every process has its own device under torchrun;"
-                         f" use --device {chosen.type}")
+    has_cuda = torch.cuda.is_available()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or (device[:4] == "cuda" and not has_cuda):
+        here = "with CUDA" if has_cuda else "PyTorch sees no CUDA device here"
+        raise ValueError(f"--device {device}: there are auto, cpu, cuda and cuda:N; {here}")
+    if ":" in device and processes()[1] > 1:
+        raise ValueError(f"--device {device}: every process has its own device under torchrun")
+    chosen = torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "fp32"
     return Machine(chosen, DTYPES[precision])
@@ -1062,8 +1634,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
+        raise ValueError(f"--model {path}: no tokenizer there ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {path}: its tokenizer has no end token (eos_token), so that no"
                          " answer could end; set one in tokenizer_config.json")
@@ -1078,17 +1649,15 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
     """
     from safetensors import SafetensorError  # comes with transformers
 
-    dtype = torch.float32 if trainable else machine.dtype
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         stored_dtype = getattr(config, "dtype", None) or torch.float32
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code,
-            output_loading_info=True)
+            path, dtype=torch.float32 if trainable else machine.dtype, attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code, output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"--model {path}: no model could be loaded ({first_line(error)});"
-            " give a folder that save_pretrained wrote, or a name on the hub") from None
+        raise ValueError(f"--model {path}: no model could be loaded ({first_line(error)});"
+                         " give a folder that save_pretrained wrote, or a hub name") from None
     if lacking := sorted(loaded["missing_keys"]):
         raise ValueError(f"--model {path}: the checkpoint has no {lacking[0]}"
                          f" ({len(lacking)} weights lack): they would be random")
@@ -1096,6 +1665,39 @@ def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_cod
     model = model.to(machine.device).eval()
     check_head(model)
     return model
+
+
+@torch.no_grad()
+def check_head(model) -> None:
+    """Refuse models that scale or cap their logits after the head: we apply the head ourselves.
+
+    Otherwise sampling and training would silently use another distribution than the model's.
+    """
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids).logits.float()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    gap = (model.get_output_embeddings()(hidden).float() - expected).abs().max().item()
+    if not gap <= 1e-2 * (1 + expected.abs().max().item()):
+        raise ValueError(f"{type(model).__name__} changes its logits after the head"
+                         " (scaling or soft-capping), which is not supported")
+
+
+def share_prompts(model) -> str:
+    """Run each prompt once from now on; returns why the model cannot, "" where it can.
+
+    The attention is switched in the model, not around a call: gradient checkpointing runs the
+    layers again in the backward pass, and they must find the same attention then.
+    """
+    config, why_not = model.get_decoder().config, ""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        why_not = f"it has {', '.join(sorted(kinds))} layers"
+    elif not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
+        why_not = f"its attention slides over {config.sliding_window} tokens"
+    elif not getattr(model, "_supports_attention_backend", False):
+        why_not = "its code does not take another attention function"
+    config._attn_implementation = "sdpa" if why_not else SHARED
+    return why_not
 
 
 def spare_threads(model) -> None:
@@ -1111,16 +1713,6 @@ def spare_threads(model) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def frozen_copy(model, device: torch.device, dtype: torch.dtype):
-    """A copy to decode or compare with, its weights in another type, made one by one.
-
-    Buffers keep theirs: rotary frequencies in bfloat16 would turn position 8,000 by whole turns.
-    """
-    weights = {id(p): nn.Parameter(p.detach().to(device, dtype, copy=True), requires_grad=False)
-               for p in model.parameters()}
-    return copy.deepcopy(model, weights).to(device).eval()
 
 
 class LoraLinear(nn.Module):
@@ -1197,26 +1789,18 @@ def merge_lora(model) -> None:
 
 
 def plain_state_dict(model) -> dict[str, Tensor]:
-    """The weights under the names of the unadapted model, adapters merged, in the stored type.
-
-    All processes must call it, since a sharded weight is gathered; the first one has the result.
-    """
-    layers = lora_layers(model)
-    weights = {}
+    """The weights under the names of the unadapted model, adapters merged, in the stored type."""
+    layers, weights = lora_layers(model), {}
+    stored = getattr(model, "stored_dtype", torch.float32)
     for name, tensor in model.state_dict().items():
-        tensor = whole(tensor)
-        if not is_first():
-            continue
         owner, _, leaf = name.rpartition(".")
-        if leaf in ("lora_A", "lora_B"):
-            continue
-        if owner.endswith(".base") and owner.removesuffix(".base") in layers:
-            owner = owner.removesuffix(".base")
+        layer = layers.get(owner.removesuffix(".base"))
+        if layer is not None:
             # On the CPU: a device that trains a large model has no room for a second one.
-            tensor = merged_weight(layers[owner]).cpu() if leaf == "weight" else tensor
-            name = f"{owner}.{leaf}"
-        dtype = getattr(model, "stored_dtype", tensor.dtype)
-        weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensor = merged_weight(layer).cpu() if leaf == "weight" else tensor
+            name = f"{owner.removesuffix('.base')}.{leaf}"
+        if leaf not in ("lora_A", "lora_B"):
+            weights[name] = tensor.to(stored) if tensor.is_floating_point() else tensor
     return weights
 
 
@@ -1224,8 +1808,6 @@ def save_adapter(model, folder: Path, base_name: str) -> None:
     """Write the adapters in PEFT's own format, so that peft and vLLM load them."""
     from safetensors.torch import save_file  # comes with transformers
 
-    if not is_first():
-        return
     layers = lora_layers(model)
     tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).data.cpu()
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
@@ -1237,610 +1819,115 @@ def save_adapter(model, folder: Path, base_name: str) -> None:
                 "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True}
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
+        write_json(temporary / "adapter_config.json", settings)
 
 
-def load_adapter(model, folder: str | Path) -> None:
-    """Put the adapters of a PEFT folder (plain LoRA on linear layers) onto a model."""
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
-        raise ValueError(f"{folder}: only plain LoRA adapters can be loaded")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [n[len(prefix) : -len(suffix)] for n in tensors if n.endswith(suffix)]
-    model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name in names:
-        down, up = (tensors[f"{prefix}{name}.{part}.weight"] for part in ("lora_A", "lora_B"))
-        scale = settings["r"] ** 0.5 if settings.get("use_rslora") else 1.0
-        layer = model.get_submodule(name)
-        adapted = LoraLinear(layer, len(down), settings["lora_alpha"] * scale, generator)
-        adapted.lora_A.data = down.float().to(layer.weight.device)
-        adapted.lora_B.data = up.float().to(layer.weight.device)
-        model.set_submodule(name, adapted)
+def set_up_training(model, cfg: Config, machine: Machine) -> None:
+    """Choose what is trained, switch dropout off, and checkpointing on where it pays."""
+    model.requires_grad_(True)
+    if cfg.lora_rank and not add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed):
+        raise ValueError("the model has no linear layers for LoRA; use --lora-rank 0")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if cfg.grad_checkpointing == "on" or (cfg.grad_checkpointing, machine.device.type) == (
+            "auto", "cuda"):
+        recompute_activations(model)
 
 
-# --- Token log-probabilities, with a prompt run once for all its completions ----------------------
+def recompute_activations(model) -> None:
+    """Gradient checkpointing, not re-entrant: that would cut LoRA's gradient in the first layer."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.2x
+    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
-SHARED = "shared_prompt"  # the name of our attention among transformers' implementations
 
+def make_reference(policy: Policy, machine: Machine) -> Callable:
+    """blocks -> (N,) log-probabilities under the model that the KL term pulls towards.
 
-def attend_shared_prompt(module, query, key, value, mask=None, *, scaling, shared=None, **_):
-    """An attention function of transformers: `shared` says which tokens see which.
-
-    query (1 or R, H, T, D), key and value (1 or R, H_kv, T, D), rotated already. Without `shared`
-    it is plain causal attention, for rows that are padded on the right. The name has no mask
-    function, so transformers builds no T x T mask.
+    With LoRA it is the policy without its adapters; else a frozen copy is kept.
     """
-    # Autocast leaves rotated queries and keys in float32; attention would cast them anyway.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if shared is None:
-        output = causal_attention(query, key, value, scaling)
-    else:
-        output = shared.attend(module.layer_idx, query, key, value, scaling)
-    return output.transpose(1, 2).contiguous(), None
+    frozen = policy
+    if not lora_layers(policy.model):
+        # Weights in the autocast type, one by one. Buffers keep theirs: rotary frequencies in
+        # bfloat16 would turn position 8,000 by whole turns.
+        weights = {id(p): nn.Parameter(p.detach().to(machine.dtype, copy=True), False)
+                   for p in policy.model.parameters()}
+        frozen = Policy(copy.deepcopy(policy.model, weights).eval(), machine.autocast)
+
+    @torch.no_grad()
+    def reference(blocks: Sequence[Block]) -> Tensor:
+        with lora_disabled(policy.model):
+            return completion_logprobs(frozen, blocks, shares_prompts(policy.model))[0]
+
+    return reference
 
 
-def causal_attention(query, key, value, scaling) -> Tensor:
-    """Plain attention of T tokens to themselves and those before them."""
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+class Optimizer:
+    """AdamW on the trained weights with clipping and, for fp16, loss scaling.
 
-
-AttentionInterface.register(SHARED, attend_shared_prompt)
-
-
-class PackedRow:
-    """Attention inside one packed row: block after block of [prompt, completion_1 .. completion_G].
-
-    A prompt attends to itself, a completion to its prompt and itself. With `keep`, the keys and
-    values of the prompts are kept, layer by layer, for decoding.
+    With several processes a step adds up their gradients, each process having seen its share.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, Sequence[int]]], keep: bool = False):
-        """blocks: for each prompt its number of tokens and those of its completions."""
-        self.blocks = blocks
-        self.kept: list[list[tuple[Tensor, Tensor]]] | None = [] if keep else None
+    def __init__(self, model, machine: Machine, grad_clip: float = 1.0, weight_decay: float = 0.0):
+        self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.98),
+                                      weight_decay=weight_decay)
+        fp16 = machine.dtype == torch.float16
+        # 2^16 would overflow in the first steps; the scale grows by itself when it can.
+        self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**13, enabled=fp16)
+        self.grad_clip = grad_clip
 
-    def attend(self, layer: int, query, key, value, scaling) -> Tensor:
-        """Exact causal attention, (1, H, T, D) in and out."""
-        outputs, pairs, start = [], [], 0
-        for n_prompt, lengths in self.blocks:
-            prompt = slice(start, start + n_prompt)
-            k, v = key[:, :, prompt], value[:, :, prompt]
-            outputs.append(causal_attention(query[:, :, prompt], k, v, scaling))
-            pairs.append((k, v))
-            start += n_prompt
-            if lengths:
-                answers = slice(start, start + sum(lengths))
-                parts = (t[:, :, answers] for t in (query, key, value))
-                outputs.append(attend_completions(*parts, k, v, lengths, scaling))
-                start += sum(lengths)
-        if self.kept is not None:
-            self.kept.append(pairs)
-        assert start == query.shape[2], f"blocks cover {start} of {query.shape[2]} tokens"
-        return torch.cat(outputs, dim=2)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one pass."""
+        self.scaler.scale(loss).backward()
 
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Clip, step, clear. Returns (gradient norm, whether the weights moved).
 
-def attend_completions(query, key, value, prompt_key, prompt_value, lengths, scaling) -> Tensor:
-    """Completions of one prompt, each attending to the prompt and causally to itself.
-
-    query (1, H, sum C, D); prompt_key (1, H_kv, P, D). The completions become rows padded on the
-    right: what is padded comes after every real token, so a causal mask hides it. The mask must be
-    aligned at the lower right: is_causal=True would align it at the upper left, silently wrong.
-    """
-    n_rows, longest = len(lengths), max(lengths)
-    slots = torch.arange(longest, device=query.device)
-    ends = torch.tensor(lengths, device=query.device)
-    real = slots < ends[:, None]  # (G, C)
-    index = torch.where(real, (ends.cumsum(0) - ends)[:, None] + slots, 0)
-
-    def rows(tensor):  # (1, H, sum C, D) -> (G, H, C, D)
-        return tensor[0][:, index].transpose(0, 1)
-
-    keys = torch.cat([prompt_key.expand(n_rows, -1, -1, -1), rows(key)], dim=2)
-    values = torch.cat([prompt_value.expand(n_rows, -1, -1, -1), rows(value)], dim=2)
-    mask = causal_lower_right(longest, keys.shape[2])
-    output = F.scaled_dot_product_attention(rows(query), keys, values, attn_mask=mask,
-                                            scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2)[real].transpose(0, 1)[None]  # (1, H, sum C, D)
-
-
-def supports_shared_prompt(model) -> str:
-    """Why a model's attention cannot share prompts; "" when it can."""
-    config = model.get_decoder().config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"it has {', '.join(sorted(kinds - {'full_attention'}))} layers"
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-        return f"its attention slides over {config.sliding_window} tokens"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its code does not take another attention function"
-    return ""
-
-
-@torch.no_grad()
-def check_head(model) -> None:
-    """Refuse models that scale or cap their logits after the head: we apply the head ourselves.
-
-    Otherwise sampling and training would silently use another distribution than the model's.
-    """
-    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
-    expected = model(input_ids=ids).logits.float()
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    gap = (model.get_output_embeddings()(hidden).float() - expected).abs().max().item()
-    if not gap <= 1e-2 * (1 + expected.abs().max().item()):
-        raise ValueError(f"{type(model).__name__} changes its logits after the head"
-                         " (scaling or soft-capping), which is not supported")
-
-
-def share_prompts(model, on: bool) -> None:
-    """Give all layers the shared-prompt attention, or the library's own.
-
-    Not a context manager: gradient checkpointing runs the layers again in the backward pass, and
-    they must find the same attention then.
-    """
-    model.get_decoder().config._attn_implementation = SHARED if on else "sdpa"
-
-
-class Policy(nn.Module):
-    """A causal language model whose forward gives log-probabilities of chosen next tokens only.
-
-    Backbone and head run inside one forward, because modules that shard their weights gather them
-    there. The logits of all other positions, most of a long prompt, are never computed.
-    """
-
-    def __init__(self, model, chunk_tokens: int = 1024):
-        super().__init__()
-        self.model = model
-        self.chunk_tokens = chunk_tokens
-
-    def forward(self, input_ids, position_ids, predictors, targets, shared=None):
-        """input_ids, position_ids (R, T); predictors (N,) index the R*T positions whose next token
-        is targets (N,). Returns log-probabilities (N,) and entropies (N,) in nats, float32.
+        A gradient that is not finite moves nothing: the step is skipped, and the fp16 scale halved.
         """
-        options = {} if shared is None else {"shared": shared}
-        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids,
-                                          use_cache=False, **options).last_hidden_state
-        hidden = hidden.flatten(0, 1)[predictors]  # (N, width)
-        head = self.model.get_output_embeddings()
-        chunks = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
-        parts = [checkpoint(token_logprobs, head, h, t, use_reentrant=False) for h, t in chunks]
-        logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        return logp, entropy
-
-
-def token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) and the entropy of the next-token distribution, for a chunk of positions.
-
-    hidden (N, width), targets (N,) -> two (N,). Soft-maxes in float32 (float64 stays float64).
-    Checkpointed by the caller, so that the N x V logits live one chunk at a time.
-    """
-    logits = head(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_z = logits.logsumexp(-1)
-    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
-    with torch.no_grad():
-        entropy = log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(-1)
-    return logp, entropy
-
-
-Block = tuple[Sequence[int], Sequence[Sequence[int]]]  # prompt ids, ids of its completions
-
-
-def completion_logprobs(policy, blocks: Sequence[Block], device, shared: bool):
-    """Log-probability and entropy of every completion token, completions one after another.
-
-    Packed (shared): one row, every prompt once. Otherwise one right-padded row a completion: the
-    reference that the packed path is tested against. Returns two (N,) tensors.
-    """
-    if shared:
-        return policy(*packed_inputs(blocks, device))
-    rows = [(prompt, c) for prompt, completions in blocks for c in completions]
-    # Padding stands on the right, after every real token: a causal model needs no mask for it.
-    ids = pad_sequence([torch.tensor([*prompt, *c]) for prompt, c in rows], batch_first=True)
-    longest = ids.shape[1]
-    predictors, targets = [], []
-    for i, (prompt, completion) in enumerate(rows):
-        first = i * longest + len(prompt) - 1  # the last prompt token predicts the first answer's
-        predictors += range(first, first + len(completion))
-        targets += completion
-    positions = torch.arange(longest, device=device)[None]
-    index = (torch.tensor(predictors).to(device), torch.tensor(targets).to(device))
-    return policy(ids.to(device), positions, *index)
-
-
-def packed_inputs(blocks: Sequence[Block], device) -> tuple:
-    """Arguments of Policy.forward for one row [prompt, completion_1 .. completion_G] per block.
-
-    The positions of each completion go on from the end of its prompt, and the last token of the
-    prompt predicts the first token of every completion.
-    """
-    ids, positions, predictors, targets = [], [], [], []
-    for prompt, completions in blocks:
-        last = len(ids) + len(prompt) - 1
-        ids += prompt
-        positions += range(len(prompt))
-        for completion in completions:
-            predictors += [last, *range(len(ids), len(ids) + len(completion) - 1)]
-            targets += completion
-            positions += range(len(prompt), len(prompt) + len(completion))
-            ids += completion
-    layout = PackedRow([(len(p), [len(c) for c in cs]) for p, cs in blocks])
-    rows = (torch.tensor(row, device=device) for row in (ids, positions, predictors, targets))
-    ids, positions, predictors, targets = rows
-    return ids[None], positions[None], predictors, targets, layout
-
-
-def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequence[int]],
-                max_tokens: int, shared: bool) -> list[list[tuple[int, list[int]]]]:
-    """Split a step into passes of at most max_tokens: lists of (prompt, its completions).
-
-    Shared: a prompt's completions stay together while they fit, else they are split over several
-    packed rows. Otherwise every completion is a row, and rows of like length share a pass. One
-    completion that is longer than the budget still gets a pass of its own.
-    """
-    pieces = []  # (tokens, prompt, completions)
-    for b, lengths in enumerate(completion_tokens):
-        chosen, total = [], prompt_tokens[b]
-        for g, length in enumerate(lengths):
-            if chosen and (not shared or total + length > max_tokens):
-                pieces.append((total, b, chosen))
-                chosen, total = [], prompt_tokens[b]
-            chosen.append(g)
-            total += length
-        if chosen:
-            pieces.append((total, b, chosen))
-    pieces.sort(key=lambda piece: (-piece[0], piece[1]))
-    passes: list[list[tuple[int, list[int]]]] = []
-    used = longest = 0
-    for tokens, b, chosen in pieces:
-        longest = max(longest, tokens)
-        needed = used + tokens if shared else longest * (len(passes[-1]) + 1 if passes else 1)
-        if not passes or needed > max_tokens:
-            passes.append([])
-            used, longest = 0, tokens
-        used += tokens
-        passes[-1].append((b, chosen))
-    return passes
-
-
-# --- Rollouts: decode many answers to many prompts at once ----------------------------------------
-
-
-class DecodingCache:
-    """Keys and values while decoding G answers to each of B prompts, the prompts' stored once.
-
-    Every step adds one token to each of the B*G answers. An answer attends to its prompt and to
-    itself; the two sets of attention logits share one softmax, so this is exact attention.
-    """
-
-    def __init__(self, kept: list[list[tuple[Tensor, Tensor]]], n_answers: int):
-        """kept: per layer and prompt, keys and values (1, H_kv, P, D), as PackedRow keeps them."""
-        lengths = torch.tensor([k.shape[2] for k, _ in kept[0]])
-        longest = int(lengths.max())
-        device = kept[0][0][0].device
-        self.prompt_tokens = lengths.to(device)
-        padding = (torch.arange(longest) >= lengths[:, None]).to(device)  # (B, P)
-        self.padding = padding if padding.any() else None
-        self.n_answers, self.length = n_answers, 0
-        self.prompts = []  # per layer: keys and values (B, H_kv, P, D)
-        for layer in kept:
-            pads = [longest - k.shape[2] for k, _ in layer]
-            pairs = [(F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad)))
-                     for (k, v), pad in zip(layer, pads, strict=True)]
-            self.prompts.append(tuple(torch.cat(side) for side in zip(*pairs, strict=True)))
-            layer.clear()  # free the unpadded copy before the next layer is padded
-        self.answers: list[tuple[Tensor, Tensor] | None] = [None] * len(kept)
-
-    def attend(self, layer: int, query, key, value, scaling) -> Tensor:
-        """One new token a row: query (R, H, 1, D), key and value (R, H_kv, 1, D), R = B*G."""
-        keys, values = self._append(layer, key, value)  # (R, H_kv, C, D)
-        prompt_keys, prompt_values = self.prompts[layer]
-        n_rows, n_heads, _, width = query.shape
-        n_kv, n_prompts = key.shape[1], n_rows // self.n_answers
-        ratio = n_heads // n_kv
-        grid = (n_prompts, self.n_answers, n_kv, ratio)
-        rows = query.view(n_rows, n_kv, ratio, width)
-
-        def by_prompt(tensor):  # (R, H_kv, ratio, X) -> (B, H_kv, G * ratio, X)
-            return tensor.reshape(*grid, -1).transpose(1, 2).flatten(2, 3)
-
-        def by_row(tensor):  # and back
-            shape = (n_prompts, n_kv, self.n_answers, ratio, -1)
-            return tensor.reshape(shape).transpose(1, 2).reshape(n_rows, n_kv, ratio, -1)
-
-        to_prompt = (by_prompt(rows) @ prompt_keys.transpose(2, 3)).float() * scaling
-        if self.padding is not None:
-            to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
-        to_answer = (rows @ keys.transpose(2, 3)).float() * scaling
-        logits = torch.cat([to_prompt, by_prompt(to_answer)], dim=-1)
-        weights = logits.softmax(-1).to(query.dtype)
-        split = to_prompt.shape[-1]
-        output = by_row(weights[..., :split] @ prompt_values)
-        output = output + by_row(weights[..., split:]) @ values
-        return output.reshape(n_rows, n_heads, 1, width)
-
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token into buffers that double when full, and return what is filled."""
-        pair = self.answers[layer]
-        if pair is None or self.length == pair[0].shape[2]:
-            room = max(64, self.length)
-            pads = [F.pad(t, (0, 0, 0, room)) for t in pair] if pair else None
-            pair = tuple(pads or (F.pad(t, (0, 0, 0, room - 1)) for t in (key, value)))
-            self.answers[layer] = pair
-        for buffer, new in zip(pair, (key, value), strict=True):
-            buffer[:, :, self.length] = new[:, :, 0]
-        return pair[0][:, :, : self.length + 1], pair[1][:, :, : self.length + 1]
-
-    def keep(self, prompts: Tensor, rows: Tensor, n_answers: int) -> None:
-        """Go on with these prompts, and with these rows as their answers."""
-        if len(prompts) < len(self.prompt_tokens):
-            self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
-            self.prompt_tokens = self.prompt_tokens[prompts]
-            self.padding = None if self.padding is None else self.padding[prompts]
-        self.answers = [pair and (pair[0][rows], pair[1][rows]) for pair in self.answers]
-        self.n_answers = n_answers
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draw one token a row by inverting the distribution function at a uniform number.
-
-    logits (R, V), uniforms (R,) float64 in [0, 1) -> (R,). temperature 0 is greedy. The draw of a
-    row depends on its own logits and number alone, not on what else is in the batch.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1).double()
-    if top_p < 1:
-        probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the best one stays
-    cdf = probs.cumsum(-1)
-    place = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
-    place = place.clamp(max=logits.shape[-1] - 1)
-    return (place if top_p >= 1 else order.gather(-1, place)).squeeze(-1)
-
-
-def random_stream(seed: Sequence[int | str], n: int) -> np.ndarray:
-    """n uniform numbers of the stream named by `seed`, for example (seed, step, id, rollout)."""
-    words = [s if isinstance(s, int) else zlib.crc32(s.encode()) for s in seed]
-    return np.random.default_rng(np.random.SeedSequence(words)).random(n)
-
-
-def end_token_ids(model, tokenizer) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and all of generation_config's."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    listed = listed if isinstance(listed, list) else [listed]
-    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None})
-
-
-def cache_bytes_per_token(model) -> int:
-    """Bytes that one token's keys and values take in all layers."""
-    config = model.get_decoder().config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 if torch.is_autocast_enabled(model.device.type) else model.dtype.itemsize
-    return 2 * config.num_hidden_layers * heads * width * size
-
-
-def plan_waves(prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int,
-               budget_tokens: int, shared: bool = True) -> list[list[int]]:
-    """Group prompts, longest first, so that the padded cache of a wave fits the budget.
-
-    Shared, a prompt is cached once; otherwise once for each of its answers.
-    """
-    copies = 1 if shared else n_answers
-    waves: list[list[int]] = []
-    for b in sorted(range(len(prompt_tokens)), key=lambda b: -prompt_tokens[b]):
-        if waves:
-            longest = prompt_tokens[waves[-1][0]]
-            each = copies * longest + n_answers * max_new_tokens
-            if (len(waves[-1]) + 1) * each <= budget_tokens:
-                waves[-1].append(b)
-                continue
-        waves.append([b])
-    return waves
-
-
-@torch.no_grad()
-def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
-             max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
-             top_p: float = 1.0, cache_gib: float = 1.0, shared: bool = True,
-             progress: tqdm | None = None) -> list[list[list[int]]]:
-    """Decode len(seeds[b]) answers to each prompt (as many for every prompt); returns their ids.
-
-    Each answer draws from its own random stream. An answer that ended holds its end token; one
-    that was cut at max_new_tokens does not. Runs in waves that fit cache_gib.
-    """
-    assert not model.training, "decode in eval(): gradient checkpointing and dropout are off there"
-    budget = int(cache_gib * 2**30 / cache_bytes_per_token(model))
-    n_answers = len(seeds[0])
-    answers: list[list[list[int]]] = [[] for _ in prompts]
-    for wave in plan_waves(list(map(len, prompts)), n_answers, max_new_tokens, budget, shared):
-        streams = [random_stream(seed, max_new_tokens) for b in wave for seed in seeds[b]]
-        uniforms = torch.from_numpy(np.stack(streams)).to(model.device)
-
-        def draw(logits, rows, step, uniforms=uniforms):
-            return sample_tokens(logits, uniforms[rows, step], temperature, top_p)
-
-        decode = decode_shared if shared else decode_rows
-        rows = decode(model, [prompts[b] for b in wave], n_answers, max_new_tokens, end_ids, draw)
-        for b, tokens in zip(wave, rows.view(len(wave), n_answers, -1).tolist(), strict=True):
-            answers[b] = [cut_answer(ids, end_ids) for ids in tokens]
-        if progress is not None:
-            progress.update(len(wave) * n_answers)
-    return answers
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError where a library says in its own words that memory ran out."""
-    try:
-        yield
-    except RuntimeError as error:
-        words = r"out of memory|_ALLOC_FAILED|_ALLOCATION_FAILED|can't allocate memory"
-        if isinstance(error, torch.OutOfMemoryError) or not re.search(words, str(error)):
-            raise
-        raise torch.OutOfMemoryError(first_line(error)) from error
-
-
-def generate_in_parts(model, machine: Machine, prompts: list, seeds: list, *, cache_gib: float,
-                      again: bool = False, **options) -> list[list[list[int]]]:
-    """generate(); where memory runs out, with half the cache in two parts, then the next two.
-
-    First the prompts are split, then the answers of one prompt, which gets none if it fails
-    `again`. What is drawn does not depend on the split.
-    """
-    if not prompts:
-        return []
-    try:
-        with machine.autocast(), memory_errors():
-            return generate(model, prompts, seeds, cache_gib=cache_gib, **options)
-    except torch.OutOfMemoryError:
-        pass  # go on outside, where the tensors of the failed call are gone
-    free_memory(machine)
-    if again:
-        return [[]]
-    rest = functools.partial(generate_in_parts, model, machine, cache_gib=cache_gib / 2, **options)
-    if len(prompts) > 1:
-        half = len(prompts) // 2
-        return rest(prompts[:half], seeds[:half]) + rest(prompts[half:], seeds[half:])
-    half = len(seeds[0]) // 2
-    parts = [rest(prompts, [some], again=True)[0]
-             for some in (seeds[0][:half], seeds[0][half:]) if some]
-    return [[ids for part in parts for ids in part] if all(parts) else []]
-
-
-def free_memory(machine: Machine) -> None:
-    """After a failed pass: give memory back, and say once that it ran out."""
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
-    print_once("note: out of memory; such passes are halved and tried again, which costs time:"
-               " lower --max-tokens-per-pass or --cache-gib")
-
-
-@functools.cache
-def print_once(words: str, file: TextIO | None = None) -> None:
-    """Print words, unless this process did."""
-    print(words, file=file, flush=True)
-
-
-def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """Decoded ids up to and including the first end token."""
-    stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
-    return ids[: stop + 1]
-
-
-def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
-    """Run each prompt once. Returns the logits after each (B, V), and the keys and values."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    hidden, kept = {}, None
-    for chunk in plan_passes([len(p) for p in prompts], [[0]] * len(prompts), max_tokens, True):
-        chunk = sorted(b for b, _ in chunk)
-        row = PackedRow([(len(prompts[b]), []) for b in chunk], keep=True)
-        ids = torch.tensor([i for b in chunk for i in prompts[b]], device=model.device)
-        positions = [torch.arange(len(prompts[b]), device=model.device) for b in chunk]
-        states = decoder(input_ids=ids[None], position_ids=torch.cat(positions)[None],
-                         use_cache=False, shared=row).last_hidden_state[0]
-        ends = np.cumsum([len(prompts[b]) for b in chunk]) - 1
-        hidden |= zip(chunk, states[torch.from_numpy(ends).to(states.device)], strict=True)
-        kept = kept or [[None] * len(prompts) for _ in row.kept]
-        for layer, pairs in zip(kept, row.kept, strict=True):
-            for b, (k, v) in zip(chunk, pairs, strict=True):
-                layer[b] = (k.clone(), v.clone())
-    return head(torch.stack([hidden[b] for b in range(len(prompts))])), kept
-
-
-def decode_shared(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Tensor:
-    """Decode with every prompt prefilled and cached once, dropping answers as they end.
-
-    Returns tokens (R, max_new_tokens); what stands behind an answer's end token means nothing.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    logits, kept = prefill(model, prompts)
-    cache = DecodingCache(kept, n_answers)
-    logits = logits.repeat_interleave(n_answers, 0)  # (R, V)
-    device = model.device
-    rows = torch.arange(len(logits), device=device)  # the answer that each slot decodes
-    live = torch.ones_like(rows, dtype=torch.bool)
-    tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
-    ends = torch.tensor(list(end_ids), device=device)
-    for step in range(max_new_tokens):
-        new = draw(logits, rows, step)
-        tokens[rows[live], step] = new[live]
-        live &= ~torch.isin(new, ends)
-        n_live = int(live.sum())
-        if n_live == 0 or step + 1 == max_new_tokens:
-            break
-        if n_live <= len(rows) // 2:
-            grid = compact_slots(live.view(-1, cache.n_answers))
-            slots = grid.flatten()
-            cache.keep(grid[:, 0] // cache.n_answers, slots, grid.shape[1])
-            rows, live, new = rows[slots], live[slots], new[slots]
-        positions = cache.prompt_tokens.repeat_interleave(cache.n_answers) + step
-        states = decoder(input_ids=new[:, None], position_ids=positions[:, None], use_cache=False,
-                         shared=cache).last_hidden_state
-        cache.length += 1
-        logits = head(states[:, 0])
-    return tokens
-
-
-def compact_slots(live: Tensor) -> Tensor:
-    """Which slots go on: (B', G') indices into the flat (B, G) grid `live`.
-
-    Prompts without a live answer go; the others keep as many slots as the busiest of them needs,
-    live ones first, so that the rest of a row is filled by answers that have ended.
-    """
-    counts = live.sum(1)
-    order = live.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    order = order + torch.arange(len(live), device=live.device)[:, None] * live.shape[1]
-    return order[counts > 0, : int(counts.max())]
-
-
-def decode_rows(model, prompts, n_answers, max_new_tokens, end_ids, draw) -> Tensor:
-    """The plain way, for any architecture: every answer has its own copy of the prompt's cache."""
-    device = model.device
-    prompts = [torch.tensor(p, device=device) for p in prompts for _ in range(n_answers)]
-    pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    ids, mask = pad_left(prompts), pad_left([torch.ones_like(p) for p in prompts])
-    rows, cache = torch.arange(len(ids), device=device), None
-    live = torch.ones_like(rows, dtype=torch.bool)
-    tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
-    ends = torch.tensor(list(end_ids), device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for step in range(max_new_tokens):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        new = draw(output.logits[:, -1], rows, step)
-        tokens[rows[live], step] = new[live]
-        live &= ~torch.isin(new, ends)
-        n_live = int(live.sum())
-        if n_live == 0:
-            break
-        mask = F.pad(mask, (0, 1), value=1)
-        if n_live <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
-            kept = live.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            rows, live, new, positions, mask = (t[kept] for t in (rows, live, new, positions, mask))
-        ids, positions = new[:, None], positions[:, -1:] + 1
-    return tokens
-
-
-# --- Data: training rows --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row of a training file: a query, a group of documents and what is known of them.
+        weights = list(self.weights.values())
+        if processes()[1] > 1:  # while they are scaled: then all see one's overflow
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+            total = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(total)
+            for weight, grad in zip(weights, total.split([p.numel() for p in weights]),
+                                    strict=True):
+                weight.grad = grad.view_as(weight)
+        self.adam.param_groups[0]["lr"] = lr
+        self.scaler.unscale_(self.adam)
+        norm = nn.utils.clip_grad_norm_(weights, self.grad_clip).item()
+        if math.isfinite(norm):
+            self.scaler.step(self.adam)
+        self.scaler.update()
+        self.adam.zero_grad(set_to_none=True)
+        return norm, math.isfinite(norm)
+
+    def state(self) -> dict:
+        """Weights, moments and loss scale, for a checkpoint."""
+        return {"weights": {name: p.detach() for name, p in self.weights.items()},
+                "adam": self.adam.state_dict(), "scaler": self.scaler.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        """Restore what `state` wrote."""
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+        self.adam.load_state_dict(state["adam"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+# --- Files: rows, folders, checkpoints, logs ------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """A row of a training file.
 
     {"id": "q1-0", "query": "...", "docs": [{"id": "d1", "text": "..."}, ...],
      "scores": [7, 0, ...], "response": "<reason>...</reason><answer>...</answer>"}
     """
-
     id: str
     query: str
     texts: tuple[str, ...]
@@ -1850,83 +1937,55 @@ class Example:
 
 def read_rows(path: str) -> list[Example]:
     """Read training rows; the first wrong one is an error that names its line and id."""
-    rows, lines_of = [], {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-            example = check_row(row, f"{path}:{number}")
-            if example.id in lines_of:
-                raise ValueError(f"{path}:{number}: id {example.id!r} stands on line"
-                                 f" {lines_of[example.id]} already")
-            lines_of[example.id] = number
-            rows.append(example)
+    rows: dict[str, Example] = {}
+    with evaluate.numbered_lines(path) as lines:
+        for line in filter(str.strip, lines):
+            example = read_row(json.loads(line))
+            if example.id in rows:
+                raise ValueError(f"id {example.id!r} stands on an earlier line already")
+            rows[example.id] = example
     if not rows:
         raise ValueError(f"{path}: no rows")
-    return rows
+    return list(rows.values())
 
 
-def check_row(row, place: str) -> Example:
-    """Validate one row; `place` names it in errors."""
+def read_row(row) -> Example:
+    """Validate one row of a training file."""
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise ValueError(f'{place}: a row must be an object with a text "id"')
-    place = f"{place}: row {row['id']!r}"
-    docs = row.get("docs")
-    if not isinstance(row.get("query"), str) or not row["query"].strip():
-        raise ValueError(f'{place} has no "query" text')
-    if not isinstance(docs, list) or not docs:
-        raise ValueError(f'{place} has no "docs" list of {{"id", "text"}}')
-    seen = set()
-    for doc in docs:
-        if not isinstance(doc, dict) or not isinstance(doc.get("id"), str):
-            raise ValueError(f'{place} has a document without a text "id"')
-        if not isinstance(doc.get("text"), str) or not doc["text"].strip():
-            raise ValueError(f"{place}: document {doc['id']!r} is empty; drop it from the row")
-        if doc["id"] in seen:
-            raise ValueError(f"{place} has document {doc['id']!r} twice")
-        seen.add(doc["id"])
+        raise ValueError('a row must be an object with a text "id"')
+    name, query, docs = f"row {row['id']!r}", row.get("query"), row.get("docs")
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f'{name} has no "query" text')
+    if not isinstance(docs, list) or not docs or not all(isinstance(doc, dict) for doc in docs):
+        raise ValueError(f'{name} has no "docs" list of {{"id", "text"}}')
+    texts = {doc.get("id"): doc.get("text") for doc in docs}
+    if len(texts) < len(docs):
+        raise ValueError(f"{name} has a document id twice")
+    for id, text in texts.items():
+        if not (isinstance(id, str) and isinstance(text, str) and text.strip()):
+            raise ValueError(f"{name}: document {id!r} is empty or has no text id; drop it")
     scores, response = row.get("scores"), row.get("response")
     if scores is not None:
-        if not isinstance(scores, list) or len(scores) != len(docs):
-            got = len(scores) if isinstance(scores, list) else repr(scores)
-            raise ValueError(f'{place} has {len(docs)} documents and "scores" of length {got}')
-        bad = [s for s in scores if type(s) not in (int, float) or not 0 <= s <= SCORE_MAX]
-        if bad:
-            raise ValueError(f"{place} has the score {bad[0]!r}; scores are numbers from 0 to 10")
-        scores = tuple(float(s) for s in scores)
+        if not isinstance(scores, list) or len(scores) != len(docs) or not all(
+                type(s) in (int, float) and 0 <= s <= SCORE_MAX for s in scores):
+            raise ValueError(f'{name}: "scores" must be {len(docs)} numbers from 0 to 10, one a'
+                             f" document, not {scores!r:.80}")
+        scores = tuple(map(float, scores))
     if response is not None and (not isinstance(response, str) or not response.strip()):
-        raise ValueError(f'{place} has an empty "response"; leave the field out instead')
-    if any("\ud800" <= c <= "\udfff" for c in row["id"] + (response or "")):
-        raise ValueError(f"{place} has half a surrogate pair in its id or response")
-    texts = tuple(doc["text"] for doc in docs)
-    return Example(row["id"], row["query"], texts, scores, response)
-
-
-@dataclass(frozen=True)
-class Item:
-    """An Example as token ids."""
-    id: str
-    prompt: list[int]
-    gold: tuple[float, ...] | None
-    response: list[int] | None  # with the end token, which is trained like any other
+        raise ValueError(f'{name} has an empty "response"; leave the field out instead')
+    return Example(row["id"], query, tuple(texts.values()), scores, response)
 
 
 def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
                 max_new_tokens: int) -> tuple[list[Item], Counter]:
     """Tokenise rows. Counts shortened prompts; drops and counts responses that are too long."""
-    items, counts = [], Counter()
-    tokenizer = encoder.tokenizer
+    items, counts, tokenizer = [], Counter(), encoder.tokenizer
     for row in tqdm(rows, desc="tokenise", disable=not sys.stderr.isatty(), leave=False):
         try:
             ids, n_cut = encoder.encode(prompt, row.query, row.texts)
         except ValueError as error:
             raise ValueError(f"row {row.id!r}: {error}") from None
-        counts["shortened"] += n_cut > 0
-        counts["cut"] += n_cut
+        counts.update({"shortened": n_cut > 0, "cut": n_cut})
         response = None
         if row.response is not None:
             # A teacher may quote a document: the one special token is the end that we put there.
@@ -1940,18 +1999,16 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
     return items, counts
 
 
-def shuffled_batch(n_rows: int, step: int, batch: int, seed: Sequence[int]) -> list[int]:
-    """Row numbers of batch `step` in an endless chain of shuffled epochs: no row is ever skipped.
-
-    A pure function of its arguments, so that a resumed run needs no stored cursor.
-    """
-    places = [divmod(place, n_rows) for place in range(step * batch, (step + 1) * batch)]
-    orders = {epoch: np.random.default_rng([*seed, epoch]).permutation(n_rows)
-              for epoch in {epoch for epoch, _ in places}}
-    return [int(orders[epoch][index]) for epoch, index in places]
-
-
-# --- Checkpoints and logs -------------------------------------------------------------------------
+def read_prompt(path: str) -> Prompt:
+    """Read a template file: system text, a line that is only '---', user text."""
+    text = "\n" + Path(path).read_text(encoding="utf-8")  # so that '---' may be the first line
+    system, line, user = text.partition("\n---\n")
+    if not line:
+        raise ValueError(f"{path}: no line '---' between the system text and the user text")
+    try:
+        return Prompt(system.strip(), user.strip())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def open_alone(path: Path):
@@ -1978,187 +2035,114 @@ def open_alone(path: Path):
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Write a folder under a temporary name, then rename it: it is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
-            folder.rename(old)
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a full disk, say
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    with evaluate.open_atomic(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
     """Write a folder that AutoModelForCausalLM.from_pretrained and vLLM open, with meta.json."""
-    weights = plain_state_dict(model)  # by all processes
-    if not is_first():
-        return
     with new_folder(folder) as temporary:
-        dtype = model.config.dtype
-        model.config.dtype = getattr(model, "stored_dtype", dtype)
-        model.save_pretrained(temporary, state_dict=weights)
+        dtype, model.config.dtype = model.config.dtype, model.stored_dtype
+        model.save_pretrained(temporary, state_dict=plain_state_dict(model))
         model.config.dtype = dtype
         tokenizer.save_pretrained(temporary)
-        text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-        (temporary / "meta.json").write_text(text, "utf-8")
-
-
-def publish_model(model, tokenizer, out: Path, meta: dict) -> None:
-    """Write the final model into the run's own folder, file by file, meta.json last."""
-    staged = out / "final.tmp"
-    save_model(model, tokenizer, staged, meta)
-    if not is_first():
-        return
-    for path in sorted(staged.iterdir(), key=lambda path: path.name == "meta.json"):
-        path.replace(out / path.name)
-    staged.rmdir()
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with '+' when files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=5,
-                                check=True)
-        commit = ask(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        return commit + ("+" if ask(["git", "status", "--porcelain"]).stdout.strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+        write_json(temporary / "meta.json", meta)
 
 
 def provenance() -> dict:
     """What every meta.json and sidecar says about the code that wrote it."""
-    return {"grouprank": VERSION, "git_commit": git_commit(), "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-            "numpy": np.__version__}
+    return {"grouprank": VERSION, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__}
 
 
-def save_state(folder: Path, name: str, state: dict, keep: int) -> None:
-    """Write OUT/checkpoints/NAME.pt; the oldest of its stage beyond `keep` go.
+def save_state(folder: Path, stage: str, step: int, state: dict) -> None:
+    """Write OUT/checkpoints/STAGE-STEP.pt, and keep the one before it.
 
     No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
     that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of
     the processes: a run may be resumed by more or fewer of them.
     """
-    if not is_first():
-        return
-    path = folder / f"{name}.pt"
+    path = folder / f"{stage}-{step:07d}.pt"
     try:
         with evaluate.open_atomic(path, "wb") as file:
             torch.save(state, file)
     except RuntimeError as error:  # what torch makes of a full disk
         raise OSError(f"{path}: {first_line(error.__context__ or error)}") from error
-    written = sorted(folder.glob(f"{name.split('-')[0]}-*.pt"))
+    written = sorted(folder.glob(f"{stage}-*.pt"))
     # What comes after this one by name was unreadable: it must not count as kept.
-    for old in written[: written.index(path) + 1][:-keep]:
+    for old in written[: written.index(path) + 1][:-2]:
         old.unlink()
 
 
-def last_state(folder: Path, stage: str, run: str = "") -> dict | None:
-    """The newest readable state of a stage; an unreadable one is skipped with a note.
+def last_state(folder: Path, stage: str) -> dict | None:
+    """The newest readable state of a stage, None when there is none; unreadable ones are named.
 
-    None when there is none at all. A state of another run, or states of which none can be read,
-    are errors: starting anew would throw away what somebody may still want.
+    If none of them can be read that is an error: starting anew would throw away what somebody may
+    still want.
     """
     found = sorted(folder.glob(f"{stage}-*.pt"), reverse=True)
     for path in found:
-        try:
-            # Several processes of a machine share one copy, of 12 bytes a trained parameter.
-            state = torch.load(path, map_location="cpu", weights_only=True,
-                               mmap=processes()[1] > 1)
+        try:  # several processes of a machine share one copy, of 12 bytes a trained parameter
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=processes()[1] > 1)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             print(f"note: {path} is unreadable ({first_line(error)}); trying the one before it")
-            continue
-        if state.get("run", "") != run:
-            raise ValueError(f"{path} is a checkpoint of another run: its settings, prompt or data"
-                             " differ from those of run.json; move it away")
-        return state
     if found:
         raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read; delete"
                          f" {stage}-*.pt there to begin the stage again")
     return None
 
 
-def clear_leftovers(out: Path) -> None:
-    """Remove what a killed process left under temporary names.
-
-    A folder that was killed between the two renames of new_folder gets its name back.
-    """
-    for old in out.glob(".*.old"):
-        folder = old.with_name(old.name[1:].rpartition(".")[0].rpartition(".")[0])
-        if folder.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(folder)
-    for path in (*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp"), *out.glob("final.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 class Log:
-    """One line a step on the screen and in metrics.jsonl, sampled answers in samples.jsonl."""
+    """Lines on the screen and in metrics.jsonl, sampled answers in samples.jsonl."""
 
-    SHOWN = (  # key, label, format: the fixed order of the line
-        ("loss", "loss", "{:.4f}"), ("reward", "reward", "{:.3f}"),
-        ("reward/ndcg", "ndcg", "{:.3f}"), ("reward/recall", "recall", "{:.3f}"),
-        ("reward/alignment", "align", "{:.3f}"), ("reward/rbo", "rbo", "{:.3f}"),
-        ("format_ok", "ok", "{:.0%}"), ("kl", "kl", "{:.4f}"), ("entropy", "entropy", "{:.3f}"),
-        ("completion_tokens", "len", "{:.0f}"), ("truncated", "cut", "{:.0%}"),
-        ("zero_spread", "flat", "{:.0%}"), ("clip_share", "clip", "{:.1%}"),
-        ("mismatch", "mismatch", "{:.4f}"),
-        ("grad_norm", "|g|", "{:.2f}"), ("lr", "lr", "{:.1e}"), ("tokens_per_s", "tok/s", "{:.0f}"),
-        ("skipped", "SKIPPED", "{:.0f}"), ("dropped", "dropped", "{:.0f}"),
-    )
-    HIDDEN_AT_ZERO = ("reward/rbo", "skipped", "dropped")
+    SHOWN = ("loss", "reward", "reward/ndcg", "reward/recall", "reward/alignment", "format_ok",
+             "kl", "entropy", "completion_tokens", "truncated", "zero_spread", "clip_share",
+             "mismatch", "grad_norm", "lr", "tokens_per_s", "eval/ndcg@10", "eval/format_ok")
 
-    def __init__(self, out: Path):
-        self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
+    def __init__(self, out: Path, every: int = 1):
+        self.metrics, self.samples, self.every = out / "metrics.jsonl", out / "samples.jsonl", every
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop the lines from (stage, step) on: a resumed run writes them again."""
-        if not is_first():
-            return
-        for path in (self.metrics, self.samples):
-            if not path.exists():
-                continue
+        """Drop the lines after (stage, step): a resumed run writes them again."""
+        for path in filter(Path.exists, (self.metrics, self.samples)):
             kept = []
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
+            for line in path.read_text("utf-8").split("\n"):
+                with contextlib.suppress(ValueError):  # the half-written line of a killed run
                     row = json.loads(line)
-                except ValueError:
-                    continue  # the half-written line of a killed run
-                earlier_stage = (row["stage"], stage) == ("sft", "grpo")
-                if earlier_stage or (row["stage"] == stage and row["step"] <= step):
-                    kept.append(line + "\n")
+                    earlier_stage = (row["stage"], stage) == ("sft", "grpo")
+                    if earlier_stage or (row["stage"] == stage and row["step"] <= step):
+                        kept.append(line + "\n")
             with evaluate.open_atomic(path) as file:
                 file.writelines(kept)
 
     def write(self, stage: str, step: int, n_steps: int, numbers: dict, eta_s: float = 0) -> None:
         """Log one step, or one evaluation (keys that begin with eval/)."""
-        if not is_first():
-            return
         finite = {k: v for k, v in numbers.items() if math.isfinite(v)}  # JSON has no infinity
-        row = {"stage": stage, "step": step, **finite}
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        shown = [f"{label} {form.format(numbers[key])}"
-                 for key, label, form in self.SHOWN
-                 if key in numbers and (numbers[key] or key not in self.HIDDEN_AT_ZERO)]
-        shown += [f"{k} {v:.4f}" for k, v in numbers.items() if k.startswith("eval/")]
-        left = f" | left {clock(eta_s)}" if eta_s else ""
-        tqdm.write(f"{stage} {step}/{n_steps} | {' '.join(shown)}{left}")
+            file.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
+        troubles = [name for name in ("skipped", "dropped") if numbers.get(name)]
+        if troubles or step % self.every == 0 or step in (1, n_steps):
+            shown = [f"{name.partition('/')[2] or name} {numbers[name]:.4g}"
+                     for name in (*self.SHOWN, *troubles) if name in numbers]
+            kind = "held-out groups: " if "eval/ndcg@10" in numbers else ""
+            left = f" | left {clock(eta_s)}" if eta_s else ""
+            tqdm.write(f"{stage} {step}/{n_steps} | {kind}{' '.join(shown)}{left}")
 
     def sample(self, stage: str, step: int, rows: Sequence[dict]) -> None:
         """Keep a few completions for reading."""
-        if not is_first():
-            return
         with open(self.samples, "a", encoding="utf-8") as file:
             for row in rows:
                 row = {"stage": stage, "step": step, **row}
@@ -2172,1054 +2156,82 @@ def clock(seconds: float) -> str:
     return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"
 
 
-# --- Optimizer steps, shared by both stages -------------------------------------------------------
-
-
-class Sampled(NamedTuple):
-    """An answer: its token ids, and its log-probabilities where a server told them."""
-    ids: list[int]
-    logp: list[float] | None = None
-
-
-@dataclass
-class Job:
-    """A training run: what both stages work on."""
-    cfg: Config
-    out: Path
-    machine: Machine
-    model: nn.Module
-    tokenizer: object
-    prompt: Prompt
-    log: Log
-    items: list[Item]
-    eval_items: list[Item]
-    shared: bool = True  # whether prompts are run once; may be switched off by the self-check
-    checked: bool = False  # whether this process has compared packed and separate rows
-    best: float = -math.inf  # best held-out NDCG@10 so far
-    seconds: dict[str, float] = field(default_factory=dict)
-    record: dict = field(default_factory=dict)  # what run.json says about this run
-    stop: int = 0  # the signal that asked for a stop, 0 for none
-    skipped: list[list[Pass]] = field(default_factory=list)  # the latest steps without an update
-    policy: Policy | None = None
-    replica: nn.Module | None = None  # with sharded weights: a whole copy of them, which decodes
-    servers: Callable | None = None  # with --rollout-endpoint: they decode (RolloutServers)
-    step: int = 0  # optimizer steps of the stage so far
-
-    @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-        return end_token_ids(self.model, self.tokenizer)
-
-    def answer(self, items: list[Item], seeds, temperature: float = 1.0) -> list[list[Sampled]]:
-        """Answers to prompts, as many for each as it has seeds; every process asks for a share.
-
-        A prompt that could not be answered has none.
-        """
-        mine = my_share([len(item.prompt) for item in items])
-        share = [items[i] for i in mine], [seeds[i] for i in mine], temperature
-        if self.servers is not None:
-            answers = self.servers(self, *share)
-        else:
-            self.refresh_replica()
-            answers = [[Sampled(ids) for ids in row] for row in self.decode(*share)]
-        found = {i: row for part in gather(list(zip(mine, answers, strict=True)))
-                 for i, row in part}
-        return [found[i] for i in range(len(items))]
-
-    @torch.no_grad()
-    def refresh_replica(self) -> None:
-        """Gather the sharded weights into the copy that decodes: once for a batch of rollouts."""
-        if self.replica is not None:
-            pairs = zip(self.replica.parameters(), self.model.parameters(), strict=True)
-            for weight, sharded in pairs:
-                weight.copy_(sharded.full_tensor())
-
-    def decode(self, items: list[Item], seeds, temperature: float) -> list[list[list[int]]]:
-        """Decode answers on this process; none for a prompt that memory does not suffice for.
-
-        Nothing of the model's generation_config applies: a top_p or a repetition penalty would
-        make the sampled distribution another one than the trained.
-        """
-        model = self.model if self.replica is None else self.replica
-        answers = generate_in_parts(
-            model.eval(), self.machine, [item.prompt for item in items], seeds,
-            temperature=temperature, max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
-            cache_gib=cache_budget_gib(self.cfg, self.machine), shared=self.shared)
-        for item, found in zip(items, answers, strict=True):
-            if not found:
-                print(f"note: row {item.id!r} is left out of this step: out of memory", flush=True)
-        return answers
-
-    def use_shared_prompts(self, on: bool) -> None:
-        """Run prompts once for all their rollouts, or once for each."""
-        self.shared = on
-        for model in filter(None, (self.model, self.replica)):
-            share_prompts(model, on)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """An answer as the reward reads it: a special token inside it must not go unseen."""
-        ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
-        return decode_text(self.tokenizer, ids, special=True)
-
-
-def cache_budget_gib(cfg: Config, machine: Machine) -> float:
-    """--cache-gib, or 40 % of the free CUDA memory, or 1 GiB."""
-    if cfg.cache_gib > 0:
-        return cfg.cache_gib
-    if machine.device.type == "cuda":
-        return 0.4 * torch.cuda.mem_get_info(machine.device)[0] / 2**30
-    return 1.0
-
-
-def learning_rate(step: int, n_steps: int, peak: float, warmup: float, schedule: str) -> float:
-    """Linear warm-up over a share of the steps, then constant, or linear or cosine to zero.
-
-    step counts from 0; the first step of a warm-up is above 0 and the last step of a decay too.
-    """
-    n_warm = int(warmup * n_steps)
-    if step < n_warm:
-        return peak * (step + 1) / n_warm
-    done = (step - n_warm) / max(n_steps - n_warm, 1)
-    if schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * done)) / 2
-    return peak * (1 - done) if schedule == "linear" else peak
-
-
-class Optimizer:
-    """AdamW on the trained weights with clipping and, for fp16, loss scaling.
-
-    With several processes a step adds up their gradients, each process having seen its share.
-    """
-
-    def __init__(self, model, machine: Machine, *, grad_clip: float, weight_decay: float):
-        self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.98),
-                                      weight_decay=weight_decay)
-        fp16 = machine.dtype == torch.float16
-        # 2^16 would overflow in the first steps; the scale grows by itself when it can.
-        self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**13, enabled=fp16)
-        self.grad_clip = grad_clip
-        self.sharded = any(isinstance(p, DTensor) for p in self.weights.values())
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one pass."""
-        n_averaged = processes()[1] if self.sharded else 1  # FSDP takes the mean; we want the sum
-        self.scaler.scale(loss * n_averaged).backward()
-
-    def add_gradients(self) -> None:
-        """Sum the gradients of all processes; one without a share of the step has none to add."""
-        if self.sharded or processes()[1] == 1:
-            return
-        weights = list(self.weights.values())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-        total = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(total)
-        for weight, grad in zip(weights, total.split([p.numel() for p in weights]), strict=True):
-            weight.grad = grad.view_as(weight)
-
-    def step(self, lr: float) -> tuple[float, bool]:
-        """Clip, step, clear. Returns (gradient norm, whether the weights moved).
-
-        A gradient that is not finite moves nothing: the step is skipped, and the fp16 scale halved.
-        """
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.add_gradients()  # while they are scaled: then all see one's overflow
-        self.scaler.unscale_(self.adam)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.grad_clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if math.isfinite(norm):
-            self.scaler.step(self.adam)
-        self.scaler.update()
-        self.clear()
-        return norm, math.isfinite(norm)
-
-    def clear(self) -> None:
-        """Forget the gradients."""
-        self.adam.zero_grad(set_to_none=True)
-
-    def state(self) -> dict:
-        """Weights, moments and loss scale, for a checkpoint; whole, however they are sharded."""
-        weights = {name: whole(p.detach()) for name, p in self.weights.items()}
-        adam, scaler = self.adam.state_dict(), self.scaler.state_dict()
-        adam["state"] = {i: {name: whole(value) for name, value in moments.items()}
-                         for i, moments in adam["state"].items()}
-        return {"weights": weights, "adam": adam, "scaler": scaler}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        """Restore what `state` wrote."""
-        shapes = [{name: tensor.shape for name, tensor in weights.items()}
-                  for weights in (state["weights"], self.weights)]
-        if shapes[0] != shapes[1]:
-            raise ValueError("the checkpoint is of another model or another --lora-rank")
-        for name, weight in self.weights.items():
-            weight.copy_(cut_as(state["weights"][name], weight))
-        weights, moments = list(self.weights.values()), state["adam"]["state"]
-        cut = {i: {name: cut_as(value, weights[i]) if value.ndim else value  # the step count
-                   for name, value in own.items()} for i, own in moments.items()}
-        self.adam.load_state_dict(state["adam"] | {"state": cut})
-        self.scaler.load_state_dict(state["scaler"])
-
-
-@dataclass
-class Pass:
-    """One forward and backward pass of a step, with what later updates of the batch reuse."""
-    ids: list[str]  # row id of each block; none for padding, see pad_passes
-    blocks: list[Block]
-    advantages: Tensor | None = None  # (N,), as all tensors here: one number a completion token
-    weights: Tensor | None = None
-    ref_logp: Tensor | None = None
-    old_logp: Tensor | None = None  # set by the first update
-    sampler_logp: Tensor | None = None  # what a server said; NaN where it said nothing
-    gap: Tensor | None = None  # |old_logp here - sampler_logp|
-    again: bool = False  # whether memory ran out at this prompt alone
-    loss: float = 0.0
-
-    def select(self, chosen: Sequence[int]) -> Pass:
-        """The pass with some of its blocks."""
-        ends = np.cumsum([sum(map(len, answers)) for _, answers in self.blocks])
-        tokens = [t for i in chosen for t in range(ends[i - 1] if i else 0, ends[i])]
-        tensors = {name: value[tokens] for name, value in vars(self).items()
-                   if isinstance(value, Tensor)}
-        return dataclasses.replace(self, ids=[self.ids[i] for i in chosen],
-                                   blocks=[self.blocks[i] for i in chosen], **tensors)
-
-    def halves(self) -> list[Pass]:
-        """The pass as two; that of one prompt is split between its answers, if it has several."""
-        n = len(self.blocks)
-        if n > 1:
-            return [self.select(range(n // 2)), self.select(range(n // 2, n))]
-        ((prompt, answers),) = self.blocks
-        each = dataclasses.replace(self, ids=self.ids * len(answers), again=True,
-                                   blocks=[(prompt, [ids]) for ids in answers])
-        cut = len(answers) // 2
-        halves = [each.select(part) for part in (range(cut), range(cut, len(answers))) if part]
-        return [dataclasses.replace(half, ids=self.ids, blocks=[
-            (prompt, [ids for _, (ids,) in half.blocks])]) for half in halves]
-
-
-def pad_passes(job: Job, passes: list[Pass]) -> None:
-    """With sharded weights every process must run as many passes: add some that weigh nothing."""
-    if job.replica is None:
-        return
-    nothing = torch.zeros(1, device=job.machine.device)
-    end = job.end_ids[:1]
-    missing = max(gather(len(passes))) - len(passes)
-    passes += [Pass([], [(end, [end])], nothing, nothing) for _ in range(missing)]
-
-
-def run_passes(job: Job, passes: list[Pass], optimizer: Optimizer,
-               run_pass: Callable[[Pass], dict]) -> Counter:
-    """All forward and backward passes of this process's share of a step.
-
-    Returns the sums of what run_pass returns, over all processes. Where memory runs out, that pass
-    is halved, in place; a prompt that fails twice in a row is dropped and counted. A backward pass
-    that failed midway has added a part of its gradients, so the step then starts again without
-    any. The weights of the tokens stay what they were: the split cannot change the gradient, and a
-    dropped prompt adds none. Sharded weights allow no second try, as the processes would no longer
-    run as many passes.
-    """
-    n_dropped = 0
-    while True:
-        sums = Counter(dropped=n_dropped, passes=sum(bool(part.ids) for part in passes))
-        for number in range(len(passes)):
-            try:
-                with memory_errors():
-                    results = run_pass(passes[number])
-            except torch.OutOfMemoryError:
-                if job.replica is not None:
-                    raise
-                break  # and go on outside, where the tensors of the failed pass are gone
-            passes[number].loss = results["loss"]
-            if passes[number].ids:
-                sums.update(results)
-        else:
-            total: Counter = Counter()
-            for own in gather(sums):
-                total.update(own)
-            return total
-        optimizer.clear()
-        free_memory(job.machine)
-        part = passes[number]
-        if part.again:
-            n_dropped += 1
-            print(f"note: row {part.ids[0]!r} is left out of this step: out of memory", flush=True)
-            kept = [p.select([i for i, id in enumerate(p.ids) if id != part.ids[0]])
-                    for p in passes]
-            passes[:] = [p for p in kept if p.blocks]
-        else:
-            passes[number : number + 1] = part.halves()
-
-
-def finish_step(job: Job, passes: list[Pass], sums: Counter, optimizer: Optimizer, lr) -> dict:
-    """Move the weights; not by a loss or gradient that is not finite, nor when nothing is left."""
-    grad_norm, moved = math.nan, False
-    if sums["passes"] and math.isfinite(sums["loss"]):
-        grad_norm, moved = optimizer.step(lr)
-    else:
-        optimizer.clear()
-    if moved:
-        job.skipped.clear()
-    else:
-        job.skipped.append([part for part in passes if part.ids])  # without padding
-    return {"loss": sums["loss"], "grad_norm": grad_norm, "skipped": int(not moved),
-            "dropped": sums["dropped"], "lr": lr}
-
-
-MOST_SKIPPED = 10  # optimizer steps in a row without an update before a run stops
-
-
-def refuse_standstill(job: Job, stage: str, step: int) -> None:
-    """Stop a run whose weights stand still, with the rows that did it in OUT/nonfinite.jsonl."""
-    if len(job.skipped) < MOST_SKIPPED:
-        return
-    path = job.out / "nonfinite.jsonl"
-    decode = functools.partial(job.tokenizer.decode, skip_special_tokens=False)
-    rows = []
-    for ago, passes in enumerate(reversed(job.skipped)):
-        guilty = [part for part in passes if not math.isfinite(part.loss)]
-        for part in guilty or passes:  # none: only the gradient overflowed
-            rows += [{"updates_ago": ago, "id": id, "loss": str(part.loss),
-                      "prompt": decode(prompt), "answers": [decode(ids) for ids in answers]}
-                     for id, (prompt, answers) in zip(part.ids, part.blocks, strict=True)]
-    rows = [row for part in gather(rows) for row in part]
-    if is_first():
-        evaluate.write_lines(path, rows)
-    raise ValueError(f"{stage} step {step}: {len(job.skipped)} optimizer steps in a row had a loss"
-                     " or gradient that was not finite, or no memory for any prompt, and moved"
-                     f" nothing; their rows are in {path}; the checkpoints are whole")
-
-
-def set_up_training(model, cfg: Config, machine: Machine) -> None:
-    """Choose what is trained, switch dropout off, and checkpointing on where it pays."""
-    if cfg.lora_rank:
-        n_layers = add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-        if not n_layers:
-            raise ValueError("the model has no linear layers for LoRA; use --lora-rank 0")
-    else:
-        model.requires_grad_(True)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    on = {"auto": machine.device.type == "cuda", "on": True, "off": False}
-    if on[cfg.grad_checkpointing]:
-        recompute_activations(model)
-
-
-def recompute_activations(model) -> None:
-    """Gradient checkpointing, not re-entrant: that would cut LoRA's gradient in the first layer."""
-    new_name = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.2x
-    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def decode_text(tokenizer, ids: Sequence[int], special: bool = False) -> str:
-    """The text of an answer, without special tokens or with them spelt out."""
-    return tokenizer.decode(ids, skip_special_tokens=not special,
-                            clean_up_tokenization_spaces=False)
-
-
 @contextlib.contextmanager
-def stop_on_signals(job) -> Iterator[None]:
-    """SIGINT and SIGTERM set job.stop, for an end after the step; a second SIGINT ends at once."""
+def stop_on_signals() -> Iterator[list[int]]:
+    """Yields a list that SIGINT and SIGTERM go into, to end after the step or batch in progress.
+
+    A second one ends at once.
+    """
+    asked: list[int] = []
 
     def ask(number, _frame):
-        if job.stop and number == signal.SIGINT:
+        if asked:
             raise KeyboardInterrupt
-        job.stop = number
+        asked.append(number)
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")
+        os.write(2, b"\nfinishing this step, then saving (once more: stop at once)\n")
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, ask)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                before[number] = signal.signal(number, ask)
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def train_loop(job: Job, stage: str, n_steps: int,
-               take_step: Callable[[Optimizer, int], dict]) -> None:
-    """Run the steps of a stage: log, evaluate, keep the best, save, resume."""
-    cfg, states = job.cfg, job.out / "checkpoints"
-    optimizer = Optimizer(job.model, job.machine, grad_clip=cfg.grad_clip,
-                          weight_decay=cfg.weight_decay)
-    first = 0
-    state = last_state(states, stage, run_hash(job.record)) if cfg.resume else None
-    if state is not None:
-        optimizer.load(state)
-        first, job.best = state["step"], state["best"]
-        job.step = first
-        # Half precision could decide the other way this time, and the run would not be the same.
-        job.use_shared_prompts(state["shared"])
-        job.checked = state["checked"]
-        job.seconds |= state["seconds"]
-        print(f"{stage}: goes on after step {first}")
-    job.log.rewind(stage, first)
-    spent = job.seconds.get(stage, 0.0)
-    hidden = not (is_first() and sys.stderr.isatty())
-    bar = tqdm(range(first, n_steps), desc=stage, disable=hidden, initial=first)
-    stop = max(gather(job.stop))
-    for step in bar:
-        if stop:
-            print(f"stopped before {stage} step {step + 1}; to go on, repeat the command with"
-                  f" --resume --out {job.out}", flush=True)
-            raise SystemExit(128 + stop)
-        started = time.perf_counter()
-        numbers = take_step(optimizer, step)
-        job.step = step + 1
-        spent += time.perf_counter() - started
-        eta_s = spent / (step + 1) * (n_steps - step - 1)
-        job.log.write(stage, step + 1, n_steps, numbers, eta_s)
-        refuse_standstill(job, stage, step + 1)
-        last = step + 1 == n_steps
-        if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
-            keep_best(job, stage, step + 1, n_steps)
-        due = cfg.save_every and (last or (step + 1) % cfg.save_every == 0)
-        stop = max(gather(job.stop))  # a signal may have reached some processes only
-        if due or stop:
-            state = {"run": run_hash(job.record), "step": step + 1, "best": job.best,
-                     "shared": job.shared, "checked": job.checked,
-                     "seconds": job.seconds | {stage: spent}, **optimizer.state()}
-            save_state(states, f"{stage}-{step + 1:07d}", state, cfg.keep)
-    job.seconds[stage] = spent
-    job.model.eval()
-
-
-def keep_best(job: Job, stage: str, step: int, n_steps: int) -> None:
-    """Answer the held-out rows greedily; write OUT/best when mean NDCG@10 is better than ever.
-
-    An answer in a wrong format counts as NDCG 0.
-    """
-    if not job.eval_items:
-        return
-    answers = job.answer(job.eval_items, [[(0,)]] * len(job.eval_items), temperature=0.0)
-    # A row without an answer, as memory ran out, counts as one in a wrong format too.
-    rewards = [score_completion(job.text(row[0].ids) if row else "", item.gold)
-               for row, item in zip(answers, job.eval_items, strict=True)]
-    numbers = {"eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
-               "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards]))}
-    job.log.write(stage, step, n_steps, numbers)
-    if numbers["eval/ndcg@10"] > job.best:
-        job.best = numbers["eval/ndcg@10"]
-        meta = describe_model(job, stage, step, numbers)
-        save_model(job.model, job.tokenizer, job.out / "best", meta)
-
-
-# Settings that a model brings with it: --rerank takes them from meta.json unless they are given.
-LIMITS = ("method", "docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
-
-
-def describe_model(job: Job, stage: str, step: int, numbers: dict | None = None) -> dict:
-    """meta.json: what --rerank needs to ask the model as it was trained, and where it came from."""
-    return {"stage": stage, "step": step, "metrics": numbers or {},
-            "prompt": dataclasses.asdict(job.prompt), "prompt_hash": job.prompt.hash,
-            **{name: getattr(job.cfg, name) for name in LIMITS},
-            "config": dataclasses.asdict(job.cfg), "data": job.record.get("data", {}),
-            "command": sys.argv[1:], "versions": provenance()}
-
-
-# --- SFT cold start (Eq. 3) -----------------------------------------------------------------------
-
-
-def sft_step(job: Job, policy: Policy, items: list[Item], n_steps: int, optimizer, step: int):
-    """One optimizer step of Eq. 3: the mean of -log p over the response tokens of the batch.
-
-    The denominator is the batch's token count, known before the first pass, so that the split into
-    passes, their order and their padding cannot change the gradient.
-    """
-    cfg, device, started = job.cfg, job.machine.device, time.perf_counter()
-    chosen = shuffled_batch(len(items), step, cfg.sft_batch, (cfg.seed, 1))
-    batch = [items[i] for i in chosen]
-    n_tokens = sum(len(item.response) for item in batch)
-    n_read = n_tokens + sum(len(item.prompt) for item in batch)
-    job.model.train()
-    mine = [batch[i] for i in my_share([len(i.prompt) + len(i.response) for i in batch])]
-    prompts, responses = [len(i.prompt) for i in mine], [[len(i.response)] for i in mine]
-    passes = []
-    for chunk in plan_passes(prompts, responses, cfg.max_tokens_per_pass, shared=False):
-        blocks = [(mine[b].prompt, [mine[b].response]) for b, _ in chunk]
-        weights = torch.full([sum(len(c) for _, (c,) in blocks)], 1 / n_tokens, device=device)
-        passes.append(Pass([mine[b].id for b, _ in chunk], blocks, weights=weights))
-    pad_passes(job, passes)
-
-    def run_pass(part: Pass) -> dict:
-        """Forward and backward of one pass."""
-        with job.machine.autocast(cache=False):
-            logp, entropy = completion_logprobs(policy, part.blocks, device, shared=False)
-        loss = -(part.weights * logp).sum()
-        optimizer.backward(loss)
-        return {"loss": loss.item(), "entropy": (part.weights * entropy).sum().item()}
-
-    sums = run_passes(job, passes, optimizer, run_pass)
-    lr = learning_rate(step, n_steps, cfg.sft_lr, cfg.sft_warmup, cfg.sft_schedule)
-    numbers = finish_step(job, passes, sums, optimizer, lr)
-    seconds = time.perf_counter() - started
-    return numbers | {"entropy": sums["entropy"], "completion_tokens": n_tokens / len(batch),
-                      "seconds": seconds, "tokens_per_s": n_read / seconds}
-
-
-def run_sft(job: Job) -> None:
-    """Supervised cold start on the rows that have a response."""
-    items = [item for item in job.items if item.response is not None]
-    cfg = job.cfg
-    n_steps = math.ceil(cfg.sft_epochs * len(items) / cfg.sft_batch)
-    print(f"sft: {len(items)} rows, {n_steps} steps of {cfg.sft_batch} sequences", flush=True)
-    train_loop(job, "sft", n_steps, functools.partial(sft_step, job, job.policy, items, n_steps))
-
-
-# --- GRPO (Eq. 7) ---------------------------------------------------------------------------------
-
-
-@dataclass
-class RolloutBatch:
-    """The answers to one batch of prompts, and what they earned."""
-    items: list[Item]
-    completions: list[list[list[int]]]  # (B, G) token ids, with the end token unless cut
-    texts: list[list[str]]  # (B, G)
-    rewards: list[list[Reward]]  # (B, G)
-    truncated: np.ndarray  # (B, G) answers that were cut at max_new_tokens
-    dropped: int = 0  # prompts without memory or answer; they are not in the lists
-    logps: list[list[list[float] | None]] | None = None  # (B, G) of the server that sampled
-
-
-def collect_rollouts(job: Job, items: list[Item], step: int) -> RolloutBatch:
-    """Sample G answers to each prompt at temperature 1 and reward them."""
-    cfg, ends = job.cfg, set(job.end_ids)
-    seeds, seen = [], Counter()
-    for item in items:  # a row that comes twice in a batch of few rows draws other answers
-        first = seen[item.id] * cfg.rollouts_per_prompt
-        numbers = range(first, first + cfg.rollouts_per_prompt)
-        seeds.append([(cfg.seed, step, item.id, number) for number in numbers])
-        seen[item.id] += 1
-    answers = job.answer(items, seeds)
-    items = [item for item, row in zip(items, answers, strict=True) if row]
-    completions = [[ids for ids, _ in row] for row in answers if row]
-    logps = [[logp for _, logp in row] for row in answers if row] if job.servers else None
-    texts = [[job.text(ids) for ids in row] for row in completions]
-    truncated = np.array([[ids[-1] not in ends for ids in row] for row in completions])
-    reward = functools.partial(score_completion, relevance_level=cfg.relevance_level,
-                               ndcg_weight=cfg.ndcg_weight, recall_weight=cfg.recall_weight,
-                               align_weight=cfg.align_weight, rbo_weight=cfg.rbo_weight)
-    rewards = [[reward(t, i.gold) for t in row] for row, i in zip(texts, items, strict=True)]
-    n_dropped = len(answers) - len(items)
-    return RolloutBatch(items, completions, texts, rewards, truncated, n_dropped, logps)
-
-
-def rollout_numbers(batch: RolloutBatch) -> dict:
-    """Means over all rollouts of a batch, for the log."""
-    flat = [reward for row in batch.rewards for reward in row]
-    totals = np.array([[r.total for r in row] for row in batch.rewards])
-    parts = {f"reward/{name}": [getattr(r, name) for r in flat]
-             for name in ("ndcg", "recall", "alignment", "rbo")}
-    columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
-               "completion_tokens": [len(c) for row in batch.completions for c in row],
-               "truncated": batch.truncated, "zero_spread": np.ptp(totals, axis=1) < 1e-8}
-    return {name: float(np.mean(values)) for name, values in columns.items()}
-
-
-class Reference:
-    """The policy that the KL term pulls towards: the SFT model."""
-
-    def __init__(self, job: Job, policy: Policy):
-        """With LoRA it is the policy without its adapters; else a frozen copy is kept."""
-        self.job, self.policy = job, policy
-        if not lora_layers(job.model):
-            job.refresh_replica()
-            alone, device = job.replica is None, job.machine.device
-            # What is to be sharded waits on the CPU: the device may not hold it whole once more.
-            frozen = frozen_copy(job.model if alone else job.replica,
-                                 device if alone else torch.device("cpu"), job.machine.dtype)
-            self.policy = Policy(frozen)
-            if not alone:
-                shard(self.policy, device)
-
-    @torch.no_grad()
-    def logprobs(self, blocks: Sequence[Block]) -> Tensor:
-        """(N,) log-probabilities of the completions."""
-        job = self.job
-        with job.machine.autocast(), lora_disabled(job.model):
-            return completion_logprobs(self.policy, blocks, job.machine.device, job.shared)[0]
-
-
-def build_passes(batch: RolloutBatch, advantages: np.ndarray, cfg: Config, shared: bool, device):
-    """This process's share of a rollout batch, in passes; whole prompts, balanced by length.
-
-    Every token gets its advantage and its weight in the whole batch (Eq. 7).
-    """
-    lengths = [[len(c) for c in row] for row in batch.completions]
-    prompts = [len(item.prompt) for item in batch.items]
-    n_sequences = sum(map(len, lengths))
-    mine = set(my_share([p + sum(row) for p, row in zip(prompts, lengths, strict=True)]))
-    to_run = [row if b in mine else [] for b, row in enumerate(lengths)]
-    passes = []
-    for chunk in plan_passes(prompts, to_run, cfg.max_tokens_per_pass, shared):
-        blocks = [(batch.items[b].prompt, [batch.completions[b][g] for g in gs]) for b, gs in chunk]
-        counts = [lengths[b][g] for b, gs in chunk for g in gs]
-        per_sequence = [advantages[b, g] for b, gs in chunk for g in gs]
-        per_token = np.repeat(per_sequence, counts)
-        weights = np.repeat([1 / (n_sequences * n) for n in counts], counts)
-        tensors = torch.tensor(np.stack([per_token, weights]), dtype=torch.float32, device=device)
-        part = Pass([batch.items[b].id for b, _ in chunk], blocks, *tensors)
-        if batch.logps is not None:
-            told = [batch.logps[b][g] or [math.nan] * lengths[b][g] for b, gs in chunk for g in gs]
-            part.sampler_logp = torch.tensor(list(itertools.chain(*told)), device=device)
-        passes.append(part)
-    return passes
-
-
-def policy_update(job: Job, policy: Policy, reference, passes: list[Pass], optimizer, lr) -> dict:
-    """One optimizer step of Eq. 7 over all passes of a rollout batch."""
-    cfg, device = job.cfg, job.machine.device
-    first = all(part.old_logp is None for part in passes)  # asked now: a pass may run again
-    job.model.train()
-
-    def run_pass(part: Pass) -> dict:
-        """Forward and backward of one pass; keeps what later updates need."""
-        if reference is not None and part.ref_logp is None:
-            part.ref_logp = reference.logprobs(part.blocks)
-        with job.machine.autocast(cache=False):
-            logp, entropy = completion_logprobs(policy, part.blocks, device, job.shared)
-        if first:
-            # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
-            part.old_logp = logp.detach()
-            if part.sampler_logp is not None:  # by a server, which never agrees exactly
-                part.gap = (part.old_logp - part.sampler_logp).abs()
-                part.old_logp = part.sampler_logp.where(~part.gap.isnan(), part.old_logp)
-        loss = grpo_loss(logp, part.old_logp, part.ref_logp, part.advantages, part.weights,
-                         clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef)
-        optimizer.backward(loss)
-        with torch.no_grad():
-            acts = clip_acts(logp, part.old_logp, part.advantages, cfg.clip_eps)
-            kl = 0.0 if part.ref_logp is None else k3_divergence(logp, part.ref_logp).sum().item()
-            return {"loss": loss.item(), "entropy": entropy.sum().item(), "tokens": len(logp),
-                    "clipped": acts.sum().item(), "kl": kl}
-
-    sums = run_passes(job, passes, optimizer, run_pass)
-    n = max(sums["tokens"], 1)
-    numbers = {"kl": sums["kl"] / n, "entropy": sums["entropy"] / n,
-               "clip_share": sums["clipped"] / n}
-    if job.servers is not None:
-        own = [x for part in passes if part.gap is not None for x in part.gap.tolist()]
-        if gaps := [x for other in gather(own) for x in other if not math.isnan(x)]:
-            numbers |= {"mismatch": sum(gaps) / len(gaps), "mismatch_max": max(gaps)}
-    return finish_step(job, passes, sums, optimizer, lr) | numbers
-
-
-def grpo_step(job: Job, policy, reference, items, n_steps, optimizer, step: int) -> dict:
-    """Rollouts, rewards, advantages, then one or more updates on them."""
-    cfg, started = job.cfg, time.perf_counter()
-    chosen = shuffled_batch(len(items), step, cfg.prompts_per_step, (cfg.seed, 2))
-    batch = collect_rollouts(job, [items[i] for i in chosen], step)
-    rollout_s = time.perf_counter() - started
-    if not batch.items:
-        return finish_step(job, [], Counter(dropped=batch.dropped), optimizer, 0.0)
-    totals = [[r.total for r in row] for row in batch.rewards]
-    advantages = relative_advantages(totals, cfg.advantage_eps)
-    if job.shared and not job.checked:
-        check_shared_prompt(job, policy, batch)
-    passes = build_passes(batch, advantages, cfg, job.shared, job.machine.device)
-    pad_passes(job, passes)
-    lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
-    n_dropped = batch.dropped
-    for update in range(cfg.updates_per_batch):
-        numbers = policy_update(job, policy, reference, passes, optimizer, lr)
-        n_dropped += numbers["dropped"]
-        if step == 0 and update == 0 and reference is not None:
-            tolerance = 1e-6 if job.machine.dtype == torch.float32 else 1e-2
-            # NaN is not our bug: such a step was skipped and counted.
-            assert not numbers["kl"] > tolerance, f"KL {numbers['kl']} before the first step"
-    if step % 10 == 0:
-        first_two = list(zip(batch.items, batch.texts, batch.rewards, strict=True))[:2]
-        job.log.sample("grpo", step + 1, [
-            {"id": item.id, "text": texts[0], "reward": dataclasses.asdict(rewards[0])}
-            for item, texts, rewards in first_two])
-    seconds = time.perf_counter() - started
-    n_tokens = sum(len(i.prompt) for i in batch.items)
-    n_tokens += sum(len(c) for row in batch.completions for c in row)
-    speed = {"dropped": n_dropped, "tokens_per_s": n_tokens / seconds, "rollout_s": rollout_s,
-             "seconds": seconds}
-    return rollout_numbers(batch) | numbers | speed
-
-
-@torch.no_grad()
-def check_shared_prompt(job: Job, policy: Policy, batch: RolloutBatch) -> None:
-    """Compare packed and separate rows on one prompt; fall back to rows when they differ."""
-    b = processes()[0] % len(batch.items)  # each process another prompt
-    blocks = [(batch.items[b].prompt, batch.completions[b][:2])]
-    with job.machine.autocast(cache=False):
-        packed, _ = completion_logprobs(policy, blocks, job.machine.device, shared=True)
-        share_prompts(job.model, False)
-        rows, _ = completion_logprobs(policy, blocks, job.machine.device, shared=False)
-    gaps = gather((packed - rows).abs().mean().item())
-    # Half precision rounds every matrix product, and the two paths reduce in different orders.
-    tolerance = 1e-4 if job.machine.dtype == torch.float32 else 5e-2
-    job.use_shared_prompts(all(gap <= tolerance for gap in gaps))  # NaN is no match
-    job.checked = True
-    if not job.shared:
-        print(f"note: packed and separate rows differ by {max(gaps):.2g} a token;"
-              " prompts are not shared")
-
-
-def run_grpo(job: Job) -> None:
-    """Reinforcement learning on the rows that have gold scores, from the model as it is."""
-    cfg = job.cfg
-    items = [item for item in job.items if item.gold is not None]
-    n_steps = math.ceil(cfg.grpo_epochs * len(items) / cfg.prompts_per_step)
-    print(f"grpo: {len(items)} rows, {n_steps} steps of {cfg.prompts_per_step} prompts x"
-          f" {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch} update(s) each",
-          flush=True)
-    reference = Reference(job, job.policy) if cfg.kl_coef else None
-    step = functools.partial(grpo_step, job, job.policy, reference, items, n_steps)
-    train_loop(job, "grpo", n_steps, step)
-
-
-# --- A training run, from rows to a model folder --------------------------------------------------
-
-
-def claim_output(cfg: Config, name: str) -> Path:
-    """The run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ..."""
-    if cfg.resume and not cfg.out:
-        raise ValueError("--resume needs --out, the folder of the run to continue")
-    tries = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in range(1, 10_000))
-    out = Path(cfg.out) if cfg.out else next(path for path in tries if not path.exists())
-    is_run = (out / "run.json").is_file()  # a demo that was stopped early has its data only
-    if cfg.resume and not is_run:
-        raise ValueError(f"{out} holds no training run to continue (no run.json)")
-    # A run that was killed while it wrote run.json has nothing to lose.
-    used = out.is_dir() and any(not path.match(".run.json.*.tmp") for path in out.iterdir())
-    if used and not cfg.resume:
-        if not cfg.overwrite:
-            raise ValueError(f"{out} exists: give another --out, --resume to continue it,"
-                             " or --overwrite")
-        if not is_run and not (out / "demo").is_dir():
-            raise ValueError(f"{out} was not written by --train; delete it yourself if you mean to")
-    return out
-
-
-def clear_output(cfg: Config, out: Path) -> None:
-    """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
-    if (out / "run.json").exists():
-        open_alone(out / "run.json").close()  # not while another process trains there
-    if cfg.overwrite and out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-
-
-# Settings that may differ between the parts of one run without changing its result.
-FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "keep", "data", "eval_data", "device",
-                  "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "ablation",
-                  "rollout_endpoint", "concurrency", "timeout_s"}
-
-
-def run_hash(record: dict) -> str:
-    """Twelve hex digits of what decides a run's result; every checkpoint carries them."""
-    config = {k: v for k, v in record.get("config", {}).items() if k not in FREE_TO_CHANGE}
-    parts = [config, record.get("prompt_hash"), record.get("base_model"),
-             list(record.get("data", {}).values())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-def hash_files(paths: Sequence[str | Path]) -> str:
-    """Sixteen hex digits of the files' contents; about a second for each gigabyte."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def base_model_files(name: str) -> list[Path]:
-    """Weights, configuration and tokenizer of a model's folder, or of a hub name's local copy."""
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    kinds = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "*.jinja")
-    return sorted(path for kind in kinds for path in folder.glob(kind) if path.is_file())
-
-
-def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
-    """Write run.json, or on --resume check that settings and data are those of the first start.
-
-    Returns what run.json holds.
-    """
-    record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt_hash": prompt.hash,
-              "data": {name: hash_files([name]) for name in (cfg.data, cfg.eval_data) if name},
-              "base_model": hash_files(base_model_files(cfg.model))}
-    path = out / "run.json"
-    if cfg.resume:
-        open_alone(path).close()  # before anything there is changed
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in before["config"].items():
-            now = record["config"].get(name)
-            if name not in FREE_TO_CHANGE and now != value:
-                raise ValueError(f"{out} was trained with {flag(name)} {value}, not {now};"
-                                 " resume with the same settings or start a new --out")
-        if list(before["data"].values()) != list(record["data"].values()):
-            raise ValueError(f"the data have changed since {out} was started; start a new --out")
-        if before["prompt_hash"] != prompt.hash:
-            raise ValueError(f"the prompt has changed since {out} was started; start a new --out")
-        if before["base_model"] != record["base_model"]:
-            raise ValueError(f"the files of {cfg.model} have changed since {out} was started;"
-                             " start a new --out")
-        versions = provenance()
-        changed = [f"{name} {old} -> {versions.get(name)}"
-                   for name, old in before["versions"].items() if old != versions.get(name)]
-        if changed:
-            print(f"note: the end may not be bit-identical; new since the start: {changed}")
-        clear_leftovers(out)
-        return before
-    clear_output(cfg, out)
-    clear_leftovers(out)
-    record["command"], record["versions"] = sys.argv[1:], provenance()
-    with evaluate.open_atomic(path) as file:
-        json.dump(record, file, indent=2)
-    return record
-
-
-def fit_context(model, cfg: Config) -> int:
-    """Tokens that a prompt may have, so that the answer still fits the model's context."""
-    context = getattr(model.get_decoder().config, "max_position_embeddings", None)
-    if context is None:
-        return cfg.max_prompt_tokens
-    if context <= cfg.max_new_tokens:
-        raise ValueError(f"the model's context of {context} tokens has no room for --max-new-tokens"
-                         f" {cfg.max_new_tokens}; lower it")
-    return min(cfg.max_prompt_tokens, context - cfg.max_new_tokens)
-
-
-def train(cfg: Config, prompt: Prompt, out: Path, servers: Callable | None = None) -> Job:
-    """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Job.
-
-    Every process that torchrun started calls this with the same arguments.
-    """
-    from safetensors import SafetensorError
-
-    started = time.perf_counter()
-    rows = read_rows(cfg.data)
-    eval_rows = read_rows(cfg.eval_data) if cfg.eval_data else []
-    machine = pick_machine(cfg.device, cfg.precision)
-    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-    sft_done = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
-    sharded = cfg.lora_rank == 0 and processes()[1] > 1
-    # In float32 it may be too large for one device: it goes there in parts.
-    where = dataclasses.replace(machine, device=torch.device("cpu")) if sharded else machine
-    model = load_model(str(out / "sft") if sft_done else cfg.model, where,
-                       trainable=cfg.lora_rank == 0, trust_remote_code=cfg.trust_remote_code)
-    encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
-                            max_prompt_tokens=fit_context(model, cfg))
-    items, counts = encode_rows(rows, encoder, prompt, cfg.max_new_tokens)
-    eval_items, eval_counts = encode_rows(eval_rows, encoder, prompt, cfg.max_new_tokens)
-    counts["shortened held-out"] = eval_counts["shortened"]
-    check_run(cfg, out, items, [row.id for row in eval_rows if row.scores is None])
-    record = on_first(record_run, cfg, prompt, out)
-    spare_threads(model)
-    why_not = supports_shared_prompt(model) if cfg.shared_prompt else "--no-shared-prompt was given"
-    share_prompts(model, not why_not)
-    if why_not:
-        print(f"note: prompts are run once for each answer: {why_not}")
-    job = Job(cfg, out, machine, model, tokenizer, prompt, Log(out), items, eval_items, not why_not,
-              record=record, policy=Policy(model), servers=servers)
-    describe_job(job, encoder, counts)
-    if sharded:
-        job.replica = frozen_copy(model, machine.device, machine.dtype)
-        shard(job.policy, machine.device)
-    alone = open_alone(out / "run.json") if is_first() else contextlib.nullcontext()
-    try:
-        with alone, stop_on_signals(job):
-            run_stages(job, sft_done)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
-                      " whole: make room, then repeat the command with --resume") from error
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"out of memory outside of a pass ({first_line(error)}); lower"
-                         " --max-tokens-per-pass or --cache-gib, use LoRA, or a larger device;"
-                         f" then repeat the command with --resume --out {out}") from error
-    gather(None)  # nobody goes on before the first process has written the model
-    job.seconds["train"] = time.perf_counter() - started
-    print(f"wrote the model to {out} in {clock(job.seconds['train'])}")
-    return job
-
-
-def run_stages(job: Job, sft_done: bool) -> None:
-    """SFT unless it is done, GRPO, and the final model, as --stage says."""
-    cfg, model, out = job.cfg, job.model, job.out
-    checkpoints = out / "checkpoints"
-    if sft_done and (state := last_state(checkpoints, "sft", run_hash(job.record))):
-        job.best, job.seconds = state["best"], state["seconds"]
-    if cfg.stage in ("sft", "both") and not sft_done:
-        set_up_training(model, cfg, job.machine)
-        run_sft(job)
-        # GRPO's reference is the SFT model: with LoRA, that is the merged one.
-        merge_lora(model)
-        save_model(model, job.tokenizer, out / "sft", describe_model(job, "sft", 0))
-        # Go on from exactly what was saved, as a resumed run will.
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.copy_(weight.to(model.stored_dtype))
-    if cfg.stage in ("grpo", "both"):
-        set_up_training(model, cfg, job.machine)
-        run_grpo(job)
-        if cfg.lora_rank:
-            base = str(out / "sft") if (out / "sft").exists() else cfg.model
-            save_adapter(model, out / "adapter", base)
-            merge_lora(model)
-    publish_model(model, job.tokenizer, out, describe_model(job, cfg.stage, 0))
-
-
-def files_inside(folder: Path, names: Sequence[str]) -> list[str]:
-    """Those of the given paths (empty ones aside) that lie in a folder, or are it."""
-    folder = folder.resolve()
-    return [name for name in names
-            if name and folder in (Path(name).resolve(), *Path(name).resolve().parents)]
-
-
-def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_ids_without_scores) -> None:
-    """Find what would fail later, before an old output goes and before hours of training."""
-    if cfg.stage in ("sft", "both") and all(item.response is None for item in items):
-        raise ValueError(f'{cfg.data}: no row has a "response" for SFT; use --stage grpo')
-    if cfg.stage in ("grpo", "both") and all(item.gold is None for item in items):
-        raise ValueError(f'{cfg.data}: no row has "scores", which GRPO needs; use --stage sft')
-    if eval_ids_without_scores:
-        raise ValueError(f'{cfg.eval_data}: row {eval_ids_without_scores[0]!r} has no "scores",'
-                         " which an evaluation needs")
-    inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
-    if cfg.overwrite and inside:
-        raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
-    if cfg.lora_rank == 0 and cfg.precision == "fp16" and processes()[1] > 1:
-        raise ValueError("full fine-tuning on several processes has no loss scaling for fp16;"
-                         " use --precision bf16")
-
-
-def describe_job(job: Job, encoder: PromptEncoder, counts: Counter) -> None:
-    """Say what is about to happen, in sizes that would show a wrong setting."""
-    cfg, model = job.cfg, job.model
-    n_weights = sum(p.numel() for p in model.parameters())
-    tokens = [len(item.prompt) for item in job.items]
-    kind = f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all parameters"
-    n_processes = processes()[1]
-    together = f" and {n_processes - 1} more" if n_processes > 1 else ""
-    print(f"model: {cfg.model}, {type(model).__name__}, {n_weights:,} parameters, training {kind}\n"
-          f"device: {job.machine.device}{together}, matrix products in {job.machine.dtype},"
-          f" trained weights in float32, prompts shared: {'yes' if job.shared else 'no'}\n"
-          f"data: {cfg.data}: {len(job.items)} rows,"
-          f" {sum(i.response is not None for i in job.items)} with a response,"
-          f" {sum(i.gold is not None for i in job.items)} with scores;"
-          f" {len(job.eval_items)} held-out rows, {counts['shortened held-out']} shortened\n"
-          f"prompts: {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
-          f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
-          f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
-          f"output: {job.out}\n\nthe prompt, of two documents, with ... for the rows' texts:\n"
-          f"{job.tokenizer.decode(encoder.encode(job.prompt, '...', ['...', '...'])[0])}\n",
-          flush=True)
-
-
-# --- Rerank: groups, windows, fusion (Eq. 1, Sec. 4.5) --------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """One query and its first-stage list, best first."""
-    qid: str
-    query: str
-    ids: list[str]
-    texts: Sequence[str]
-    scores: list[float]
-
-
-def plan_groups(n_docs: int, docs_per_group: int, rounds: int, stride: int,
-                rng: np.random.Generator, by_rank: bool = False) -> list[list[list[int]]]:
-    """Eq. 1: for each round, split 0..n_docs-1 at random into M = ceil(N / c) groups.
-
-    Sizes differ by at most one. With 0 < stride < c a round has groups of c that start every
-    `stride` documents of the shuffled circle, so that every document is in c / stride of them when
-    the stride divides both. With by_rank a group holds neighbouring ranks instead. Documents inside
-    a group are in random order either way: the two differ in who is compared with whom alone, not
-    in what stands first in a prompt, and the rounds of ranked groups differ from one another.
-    """
-    plan = []
-    for _ in range(rounds):
-        order = np.arange(n_docs) if by_rank else rng.permutation(n_docs)
-        if 0 < stride < docs_per_group < n_docs:
-            starts = range(0, n_docs, stride)
-            groups = [np.take(order, range(s, s + docs_per_group), mode="wrap") for s in starts]
-        else:
-            groups = np.array_split(order, math.ceil(n_docs / docs_per_group))
-        if by_rank:
-            groups = [rng.permutation(group) for group in groups]
-        plan.append([group.tolist() for group in groups])
-    return plan
-
-
-def window_places(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
-    """Places [start, end) of the windows that slide up a list, from its bottom to its top.
-
-    1 + ceil((N - w) / s) windows for N > w, else one. As in rank_llm the last one is cut off at the
-    top of the list, so it may be short.
-
-    >>> window_places(95, 40, 20)
-    [(55, 95), (35, 75), (15, 55), (0, 35)]
-    """
-    n_moves = max(math.ceil((n_docs - window) / step), 0)
-    return [(max(n_docs - window - k * step, 0), n_docs - k * step) for k in range(n_moves + 1)]
-
-
-def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float],
-                weight: float) -> list[float | None]:
-    """fused = (1 - w) * mean score / 10 + w * minmax(first-stage score), one query at a time.
-
-    Min-max is what makes the weight mean something: raw BM25 scores would drown the model's. A
-    constant first-stage list counts as 0. Documents without a score stay without (None).
-    """
-    scaled = evaluate.minmax(first_stage)
-    return [None if mean is None else (1 - weight) * mean / 10 + weight * float(first)
-            for mean, first in zip(mean_scores, scaled, strict=True)]
-
-
-def order_candidates(scores: Sequence[float | None]) -> list[int]:
-    """Positions best first; ties by first-stage rank; unscored documents keep their places.
-
-    >>> order_candidates([0.1, None, 0.9, 0.1])
-    [2, 1, 0, 3]
-    """
-    scored = [i for i, score in enumerate(scores) if score is not None]
-    best_first = iter(sorted(scored, key=lambda i: (-scores[i], i)))
-    return [i if score is None else next(best_first) for i, score in enumerate(scores)]
-
-
 # --- Who answers: a local model, or servers -------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Chat:
-    """One prompt to be answered, and the random stream that its answer draws from."""
-    prompt: Prompt
-    query: str
-    texts: tuple[str, ...]
-    seed: tuple[int | str, ...]
+def plan_waves(prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int,
+               budget_tokens: int, shared: bool = True) -> list[list[int]]:
+    """Group prompts, longest first, so that the padded cache of a wave fits the budget.
+
+    Shared, a prompt is cached once; otherwise once for each of its answers.
+    """
+    copies, waves = 1 if shared else n_answers, []
+    for b in sorted(range(len(prompt_tokens)), key=lambda b: -prompt_tokens[b]):
+        longest = prompt_tokens[waves[-1][0]] if waves else math.inf
+        each = copies * longest + n_answers * max_new_tokens
+        if waves and (len(waves[-1]) + 1) * each <= budget_tokens:
+            waves[-1].append(b)
+        else:
+            waves.append([b])
+    return waves
 
 
-@dataclass(frozen=True)
-class Completion:
-    """An answer, or why there is none. An error never travels as text."""
-    text: str
-    truncated: bool = False
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: str = ""
-    hopeless: bool = False  # an error that the same prompt would meet again
-    sampled: tuple[Sampled, ...] = ()  # several answers in tokens, instead of one in text
+@torch.no_grad()
+def generate_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
+                     max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
+                     top_p: float = 1.0) -> list[list[list[int]]]:
+    """sample_answers() by the library, for models that cannot share prompts.
+
+    Its draws depend on the batch, so the same answers come again for the same batch alone.
+    """
+    pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    ids, mask = pad_left(ids), pad_left([torch.ones_like(row) for row in ids])
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    # The model's own settings, such as a repetition penalty, would sample another distribution
+    # than the trained one, and the library mixes them into any that are given.
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0],
+        num_return_sequences=len(seeds[0]), do_sample=temperature > 0, **sampling)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(zlib.crc32(repr(seeds).encode()))
+            rows = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+    finally:
+        model.generation_config = own
+    answers = iter(cut_answer(row, end_ids) for row in rows)
+    return [list(itertools.islice(answers, len(row))) for row in seeds]
 
 
 class LocalModel:
-    """Answers chats with a transformers model on this machine.
+    """Answers prompts with a transformers model on this machine.
 
     The groups of a query share its words and the instructions, which are prefilled anew for each:
     with 20 documents of 300 tokens they are 5 % of a prompt, and running them once as the start of
@@ -3227,42 +2239,99 @@ class LocalModel:
     """
 
     def __init__(self, model, tokenizer, machine: Machine, cfg: Config):
-        self.model, self.tokenizer, self.machine = model.eval(), tokenizer, machine
-        self.max_new_tokens, self.cache_gib = cfg.max_new_tokens, cache_budget_gib(cfg, machine)
-        self.encoder = PromptEncoder(tokenizer, max_doc_tokens=cfg.max_doc_tokens,
-                                     max_prompt_tokens=fit_context(model, cfg))
-        self.shared = not supports_shared_prompt(model) and cfg.shared_prompt
-        share_prompts(model, self.shared)
+        self.model, self.tokenizer, self.machine, self.cfg = model.eval(), tokenizer, machine, cfg
+        self.why_not_shared = share_prompts(model)
+        listed = model.generation_config.eos_token_id
+        listed = listed if isinstance(listed, list) else [listed]
+        self.end_ids = sorted({tokenizer.eos_token_id, *listed} - {None})  # all that end an answer
+        room = cfg.max_prompt_tokens
+        if context := getattr(model.get_decoder().config, "max_position_embeddings", None):
+            room = min(room, context - cfg.max_new_tokens)
+        if room <= 0:
+            raise ValueError(f"the model's context of {context} tokens has no room for"
+                             f" --max-new-tokens {cfg.max_new_tokens}; lower it")
+        self.encoder = PromptEncoder(tokenizer, cfg.max_doc_tokens, room)
+
+    def text(self, ids: Sequence[int], special: bool = False) -> str:
+        """An answer without its end; with `special`, other special tokens are spelt out.
+
+        The reward reads it so: a special token inside an answer must not go unseen.
+        """
+        ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=not special,
+                                     clean_up_tokenization_spaces=False)
+
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values fit into --cache-gib."""
+        config, gib = self.model.get_decoder().config, self.cfg.cache_gib or 1.0
+        if not self.cfg.cache_gib and self.machine.device.type == "cuda":
+            gib = 0.4 * torch.cuda.mem_get_info(self.machine.device)[0] / 2**30
+        n_heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        n_heads = getattr(config, "num_key_value_heads", None) or n_heads
+        size = 2 if self.machine.dtype != torch.float32 else self.model.dtype.itemsize
+        return int(gib * 2**30 / (2 * config.num_hidden_layers * n_heads * width * size))
+
+    def sample(self, prompts: Sequence[list[int]], seeds, temperature: float = 1.0,
+               top_p: float = 1.0, progress: tqdm | None = None) -> list[list[list[int]]]:
+        """Answers to prompts, longest first, in waves that fit the cache.
+
+        A wave without memory is tried once more with half the cache; then its prompts get none.
+        """
+        self.model.eval()
+        shared, length = shares_prompts(self.model), self.cfg.max_new_tokens
+        answers: list[list[list[int]]] = [[] for _ in prompts]
+        todo = [(list(range(len(prompts))), self.cache_tokens(), True)] if prompts else []
+        while todo:
+            chosen, budget, again = todo.pop()
+            sizes = [len(prompts[b]) for b in chosen]
+            for wave in plan_waves(sizes, len(seeds[0]), length, budget, shared):
+                some = [chosen[i] for i in wave]
+                rows = self.decode([prompts[b] for b in some], [seeds[b] for b in some],
+                                   temperature, top_p)
+                if rows is None and again:
+                    todo.append((some, budget // 2, False))
+                for b, row in zip(some, rows or (), strict=bool(rows)):
+                    answers[b] = row
+                if progress is not None:
+                    progress.update(len(some) * len(seeds[0]) * (rows is not None or not again))
+        return answers
+
+    def decode(self, prompts, seeds, temperature: float, top_p: float):
+        """One wave; None where memory runs out."""
+        decode = sample_answers if shares_prompts(self.model) else generate_answers
+        try:
+            with self.machine.autocast():
+                return decode(self.model, prompts, seeds, max_new_tokens=self.cfg.max_new_tokens,
+                              end_ids=self.end_ids, temperature=temperature, top_p=top_p)
+        except torch.OutOfMemoryError:
+            print_once("note: out of memory while decoding, which costs time and may cost answers:"
+                       " lower --cache-gib")
+            return None
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
-        """Answer all chats, longest first, in batches that fit the cache budget."""
+        """Answer all chats."""
         prompts, answers = {}, {}
         for i, chat in enumerate(chats):
             try:
                 prompts[i] = self.encoder.encode(chat.prompt, chat.query, chat.texts)[0]
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
-        end_ids = end_token_ids(self.model, self.tokenizer)
-        found = generate_in_parts(
-            self.model, self.machine, list(prompts.values()), [[chats[i].seed] for i in prompts],
-            temperature=temperature, top_p=top_p, max_new_tokens=self.max_new_tokens,
-            end_ids=end_ids, cache_gib=self.cache_gib, shared=self.shared, progress=progress)
-        for i, ids in zip(prompts, found, strict=True):
+        found = self.sample(list(prompts.values()), [[chats[i].seed] for i in prompts], temperature,
+                            top_p, progress)
+        for i, rows in zip(prompts, found, strict=True):
             answers[i] = Completion("", error="out of memory", hopeless=True)
-            if ids:
-                text, truncated = decode_text(self.tokenizer, ids[0]), ids[0][-1] not in end_ids
-                answers[i] = Completion(text, truncated, len(prompts[i]), len(ids[0]))
+            if rows:
+                cut = rows[0][-1] not in self.end_ids
+                answers[i] = Completion(self.text(rows[0]), cut, len(prompts[i]), len(rows[0]))
         return [answers[i] for i in range(len(chats))]
 
 
-@dataclass
-class Server:
-    """One URL of an endpoint, and how it has been doing."""
-    url: str
-    in_flight: int = 0
-    failing: bool = False
-    rests_until: float = 0.0  # on time.monotonic()'s clock
+@functools.cache
+def print_once(words: str, file: TextIO | None = None) -> None:
+    """Print words, unless this process did."""
+    print(words, file=file, flush=True)
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -3277,52 +2346,33 @@ def seed_of_request(seed: tuple[int | str, ...]) -> int:
     return zlib.crc32(repr(seed).encode()) & 0x7FFFFFFF
 
 
-def without_prompt(words: str, body: dict) -> str:
-    """The words of a failing server, unless they repeat twelve letters of the prompt.
-
-    They go to the screen and into the sidecar, where queries and documents have no place.
-    """
-    def letters(text):  # and digits; a server may have put the text into JSON, also twice
-        return re.sub(r"\\+.|[\W_]", "", text).lower()
-
-    texts = [message["content"] for message in body.get("messages", ())]
-    asked = letters("\n".join([*texts, str(body.get("prompt", ""))]))  # or its token ids
-    said, n = letters(words), 12
-    repeats = any(said[i : i + n] in asked for i in range(len(said) - n + 1))
-    return "(its words may repeat the prompt)" if repeats or "\\u" in words else words
-
-
 class Endpoint:
     """Answers chats through OpenAI-compatible servers (POST URL/chat/completions).
 
-    Requests go to the server with the fewest in flight. One that fails is set aside for a while,
-    and then tried with one request before it gets its share again. Which server answers, and when,
-    never changes what is asked or the order of the answers.
+    A request goes to the server with the fewest in flight; one that failed rests while another is
+    ready. Which server answers, and when, never changes what is asked or the order of the answers.
     """
 
     PATH = "/chat/completions"
-    # A wrong key, address or model name will not get better.
-    FATAL = (301, 302, 303, 307, 308, 401, 403, 404)
+    FATAL = (301, 302, 303, 307, 308, 401, 403, 404)  # a wrong key, address or name stays wrong
     AGAIN = (408, 429)  # and 5xx: may get better; other answers of 4xx will not
-    LONGEST_PAUSE_S = 60.0
-    LONGEST_ANSWER = 2**24  # bytes
+    REST_S, LONGEST_PAUSE_S = 30.0, 60.0
     # Lost connections and time-outs are OSErrors; the others come from answers that are none.
     FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
               AttributeError, ArithmeticError, RecursionError)
 
-    def __init__(self, url: str, model: str, cfg: Config, *, tries: int = 6,
-                 backoff_s: float = 1.0):
-        urls = url.replace(",", " ").split()
-        if not urls or not all(re.fullmatch("(?i)https?://[^@?]+", u) for u in urls):
+    def __init__(self, url: str, model: str, cfg: Config, tries: int = 6, backoff_s: float = 1.0):
+        self.urls = [u.rstrip("/") for u in url.replace(",", " ").split()]
+        if not self.urls or not all(re.fullmatch("(?i)https?://[^@?]+", u) for u in self.urls):
             raise ValueError("--endpoint: give an http or https URL, such as http://host:8000/v1,"
                              " without a key, which goes into OPENAI_API_KEY and never into logs")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
         self.opener = urllib.request.build_opener(NoRedirects)
-        self.servers = [Server(u.rstrip("/")) for u in urls]
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
-        self.lock = threading.Lock()
+        self.lock, self.in_flight = threading.Lock(), Counter()
+        self.rests_until = dict.fromkeys(self.urls, 0.0)  # on time.monotonic()'s clock
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
                  progress: tqdm | None = None) -> list[Completion]:
@@ -3353,88 +2403,60 @@ class Endpoint:
     def ask(self, body: dict, stop: threading.Event) -> Completion:
         """One request, tried again with growing pauses on 408, 429, 5xx, time-outs, half answers.
 
-        The pause is left out when another server is ready to take the request.
+        The pause is left out when another server is ready. Raises ValueError where no request can
+        succeed. Of an error, what may reach a file is the status alone; the screen gets the words.
         """
         jitter = random.Random(body["seed"])
         for attempt in range(self.tries):
-            server = self.take()
-            answer, asked_pause_s = self.try_once(server.url, body)
-            if not answer.error or answer.hopeless:
-                self.give_back(server, 0.0)
+            with self.lock:
+                now = time.monotonic()
+                ready = [url for url in self.urls if self.rests_until[url] <= now]
+                url = min(ready or self.urls, key=lambda url: self.in_flight[url])
+                self.in_flight[url] += 1
+            try:
+                answer = self.read(json.loads(self.post(url + self.PATH, body)), body)
+                self.rests_until[url] = 0.0
                 return answer
-            pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
-            pause_s = min(pause_s if asked_pause_s is None else asked_pause_s, self.LONGEST_PAUSE_S)
-            other_is_ready = self.give_back(server, max(pause_s, 10 * self.backoff_s))
-            if attempt + 1 == self.tries or stop.wait(0.0 if other_is_ready else pause_s):
-                return Completion("", error=f"{answer.error} ({attempt + 1} tries)")
-
-    def take(self) -> Server:
-        """The server with the fewest requests in flight, among those that are not set aside."""
-        with self.lock:
-            now = time.monotonic()
-            ready = [server for server in self.servers if server.rests_until <= now]
-            server = min(ready or self.servers, key=lambda server: server.in_flight)
-            server.in_flight += 1
-            if server.failing:  # one request finds out whether it is back; the others wait for it
-                server.rests_until = now + self.cfg.timeout_s
-            return server
-
-    def give_back(self, server: Server, rest_s: float) -> bool:
-        """Set a server aside for rest_s if it failed, 0 if not; is another one ready?"""
-        with self.lock:
-            now = time.monotonic()
-            server.in_flight -= 1
-            server.failing, server.rests_until = rest_s > 0, now + rest_s
-            return any(s.rests_until <= now for s in self.servers if s is not server)
-
-    def try_once(self, url: str, body: dict) -> tuple[Completion, float | None]:
-        """Post one request: the answer or the error, and the pause in seconds that was asked for.
-
-        Raises ValueError where no request can succeed.
-        """
-        try:
-            return self.read(json.loads(self.post(url + self.PATH, body)), body), None
-        except self.FAULTS as error:
-            code, words = getattr(error, "code", 500), self.describe(error, body)
+            except self.FAULTS as error:
+                code, (fault, words, after_s) = getattr(error, "code", 500), self.describe(error)
+                self.rests_until[url] = time.monotonic() + self.REST_S
+            finally:
+                with self.lock:
+                    self.in_flight[url] -= 1
             if code in self.FATAL:
-                raise ValueError(f"{url} answered {words}") from None
-            after = (getattr(error, "headers", None) or {}).get("Retry-After", "")
-            after_s = float(after) if re.fullmatch(r"[0-9]{1,9}", after) else None
-            hopeless = code < 500 and code not in self.AGAIN
-            return Completion("", error=words, hopeless=hopeless), after_s
+                raise ValueError(f"{url} answered {fault}: {words}")
+            print_once(f"note: {url} answered {fault}: {words}", sys.stderr)
+            if code < 500 and code not in self.AGAIN:
+                return Completion("", error=fault, hopeless=True)
+            pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
+            pause_s = min(after_s or pause_s, self.LONGEST_PAUSE_S)
+            ready = any(rest <= time.monotonic() for rest in self.rests_until.values())
+            if attempt + 1 == self.tries or stop.wait(0.0 if ready else pause_s):
+                break
+        return Completion("", error=f"{fault} ({attempt + 1} tries)")
 
-    def describe(self, error: Exception, body: dict) -> str:
-        """What went wrong with a request, in the server's words, without the key and the prompt."""
-        name, words = type(error).__name__, first_line(error)
+    def describe(self, error: Exception) -> tuple[str, str, float | None]:
+        """Of a failed request: its status, the server's words without the key, and the pause in
+        seconds that it asks for."""
+        status, words, after = type(error).__name__, first_line(error), ""
         if isinstance(error, urllib.error.HTTPError):
-            name, words = f"HTTP {error.code}", f"a redirect to {error.headers.get('Location')}"
-            if error.code >= 400:
-                try:
-                    words = error.read(3000).decode("utf-8", "replace")
-                except self.FAULTS:
-                    words = "(its words were cut off)"
-            error.close()
+            status, after = f"HTTP {error.code}", error.headers.get("Retry-After", "")
+            with error, contextlib.suppress(*self.FAULTS):  # its words may be cut off
+                words = error.read(3000).decode("utf-8", "replace")
+            if error.code < 400:
+                words = f"a redirect to {error.headers.get('Location')}"
         words = words.replace(self.key, "***") if self.key else words
-        return f"{name}: {without_prompt(visible(words), body)[:300]}"
+        after_s = float(after) if re.fullmatch(r"[0-9]{1,9}", after) else None
+        return status, visible(words)[:200], after_s
 
     def post(self, url: str, body: dict) -> bytes:
-        """Send one request and return the answer.
-
-        A silence of --timeout-s ends it, and so does a body that is still incomplete then.
-        """
+        """Send one request and return the answer; a silence of --timeout-s ends it."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        deadline, received = time.monotonic() + self.cfg.timeout_s, bytearray()
         with self.opener.open(request, timeout=self.cfg.timeout_s) as response:
-            while part := response.read1(65536):
-                received += part
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole answer in {self.cfg.timeout_s:g} s")
-                if len(received) > self.LONGEST_ANSWER:
-                    raise ValueError(f"an answer of over {self.LONGEST_ANSWER:,} bytes")
-        return bytes(received)
+            return response.read()
 
     def read(self, answer: dict, body: dict) -> Completion:
         """What the JSON of an answer says. Raises where it is not of the form that it should be."""
@@ -3447,151 +2469,567 @@ class Endpoint:
         return Completion(text, truncated, int(n_prompt or 0), int(n_answer or 0))
 
 
-# --- Rerank: ask, count, fuse ---------------------------------------------------------------------
+class RolloutServers(Endpoint):
+    """Samples a training step's answers on vLLM servers, which get each step's adapter.
+
+    Prompts travel as token ids and so do answers: tokenising text again may give other tokens than
+    were sampled. An answer by any other adapter than that of the step is refused.
+    """
+
+    PATH = "/completions"
+    FATAL = (301, 302, 303, 307, 308, 401, 403)
+    AGAIN = (404, 408, 429)  # 404: this server lacks the adapter, another may have it
+
+    def __init__(self, cfg: Config, out: Path, end_ids: Sequence[int], eos_id: int, **options):
+        super().__init__(" ".join(cfg.rollout_endpoint), "", cfg, **options)
+        self.run = random.SystemRandom().randbytes(4).hex()  # a resumed run may not meet old names
+        self.folder, self.end_ids, self.eos_id = out / "rollouts", list(end_ids), eos_id
+        number, n_processes = processes()  # with few prompts each, all would ask the first servers
+        first = number * len(self.urls) // n_processes
+        self.urls = self.urls[first:] + self.urls[:first]
+
+    def load_adapter(self, model, step: int) -> str:
+        """Have every server load the adapter as it is now; returns the name that it goes by."""
+        name, old = f"{self.run}-{step:07d}", self.model
+        if name == old:
+            return name
+        if not old:  # what a stopped run left
+            shutil.rmtree(self.folder, ignore_errors=True)
+        save_adapter(model, self.folder / name, self.cfg.model)
+        with concurrent.futures.ThreadPoolExecutor(len(self.urls)) as pool:  # one may hang
+            errors = list(pool.map(lambda url: self.load_on(url, name), self.urls))
+        if all(errors):
+            raise ValueError(f"no --rollout-endpoint could load the adapter {self.folder / name}:"
+                             f" {self.urls[0]}: {errors[0]}; start vLLM as the README says")
+        for url, error in zip(self.urls, errors, strict=True):
+            if error:
+                print(f"note: {url} did not load the adapter of step {step}: {error}", flush=True)
+        if old:
+            for url in self.urls:
+                with contextlib.suppress(*self.FAULTS):  # it never loaded it, or was started anew
+                    self.post(f"{url}/unload_lora_adapter", {"lora_name": old})
+            shutil.rmtree(self.folder / old)
+        return name
+
+    def load_on(self, url: str, name: str) -> str:
+        """Have a server load an adapter; returns "", or what went wrong in the end."""
+        body = {"lora_name": name, "lora_path": str((self.folder / name).resolve())}
+        for attempt in range(3):
+            try:
+                self.post(f"{url}/load_lora_adapter", body)
+                return ""
+            except self.FAULTS as error:
+                words = self.describe(error)[1]
+            if "already been loaded" in words:  # the answer to an earlier try was lost
+                return ""
+            time.sleep(self.backoff_s * 2**attempt)
+        return words
+
+    def sample(self, prompts, seeds, temperature: float) -> list[list[Sampled]]:
+        """Answers to prompts, as many for each as it has seeds; none where all tries failed."""
+        # All of the sampling is said, or the server would apply what the model's generation_config
+        # says and sample another distribution than is trained.
+        settings = {"model": self.model, "max_tokens": self.cfg.max_new_tokens, "top_p": 1.0,
+                    "temperature": temperature, "top_k": -1, "min_p": 0.0,
+                    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+                    "stop_token_ids": self.end_ids, "logprobs": 1, "return_token_ids": True,
+                    "skip_special_tokens": False}
+        found = self.ask_all([
+            {**settings, "prompt": list(prompt), "n": len(own), "seed": seed_of_request(own[0])}
+            for prompt, own in zip(prompts, seeds, strict=True)])
+        errors = [error for part in gather([c.error for c in found]) for error in part]
+        if errors and all(errors):
+            raise ValueError(f"none of {len(errors)} prompts was answered by --rollout-endpoint:"
+                             f" {errors[0]}; once the servers work, repeat with --resume")
+        if any(errors):
+            print(f"note: {len(errors) - errors.count('')} prompts had no answer and are left out"
+                  " of this step", flush=True)
+        return [list(completion.sampled) for completion in found]
+
+    def read(self, answer: dict, body: dict) -> Completion:
+        """The answers as token ids with log-probabilities; ValueError where they cannot be used."""
+        if answer["model"] != body["model"] or len(answer["choices"]) != body["n"]:
+            raise ValueError(f"{len(answer['choices'])} answers by {answer['model']} instead of"
+                             f" {body['n']} by {body['model']}")
+        return Completion("", sampled=tuple(map(self.read_choice, answer["choices"])))
+
+    def read_choice(self, choice: dict) -> Sampled:
+        """One answer in tokens, with NaN where the server told no log-probability."""
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ValueError(f"an answer ended with {choice['finish_reason']!r}")
+        ids, told = choice["token_ids"], (choice.get("logprobs") or {}).get("token_logprobs") or []
+        if choice["finish_reason"] == "stop" and (not ids or ids[-1] not in self.end_ids):
+            ids = [*ids, self.eos_id]  # some servers leave the end token out
+        if not ids or not all(type(i) is int for i in ids):
+            raise ValueError("an answer without tokens")
+        told = [math.nan if x is None else float(x) for x in told[: len(ids)]]
+        return Sampled(ids, told + [math.nan] * (len(ids) - len(told)))
+
+
+# --- A training run -------------------------------------------------------------------------------
+
+# Settings that a model brings with it: --rerank takes them from meta.json unless they are given.
+LIMITS = ("method", "docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
+# Settings that may differ between the parts of one run without changing its result.
+FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "data", "eval_data", "device",
+                  "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "rollout_endpoint",
+                  "concurrency", "timeout_s"}
+MOST_SKIPPED = 10  # optimizer steps in a row without an update before a run stops
 
 
 @dataclass
-class Group:
-    """One prompt of a query in one round, and what was read out of its answers so far."""
-    query: Candidates
-    docs: list[int]  # positions in the query's first-stage list, in the order of the prompt
-    seed: tuple[int | str, ...]
-    scores: list[int | None]
-    reason: str = ""
+class Run:
+    """What outlives a training step."""
+    cfg: Config
+    out: Path
+    prompt: Prompt
+    local: LocalModel
+    policy: Policy
+    log: Log
+    items: list[Item]
+    eval_items: list[Item]
+    record: dict  # run.json
+    servers: RolloutServers | None = None  # with --rollout-endpoint: they answer
+    best: float = -math.inf  # held-out NDCG@10
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+    rollout_s: float = 0.0  # of the latest answers
+    step: int = 0  # optimizer steps of the stage so far
+
+    @property
+    def model(self):
+        """The model that is trained."""
+        return self.policy.model
+
+    def answer(self, prompts, seeds, temperature: float = 1.0) -> list[list[Sampled]]:
+        """Answers to prompts, as many for each as it has seeds; every process asks for a share."""
+        started, mine = time.perf_counter(), my_share(list(map(len, prompts)))
+        share = [prompts[i] for i in mine], [seeds[i] for i in mine], temperature
+        if self.servers is not None:
+            self.servers.model = on_first(self.servers.load_adapter, self.model, self.step)
+            rows = self.servers.sample(*share)
+        else:
+            rows = [[Sampled(ids) for ids in row] for row in self.local.sample(*share)]
+        found = {i: row for part in gather(list(zip(mine, rows, strict=True))) for i, row in part}
+        self.rollout_s = time.perf_counter() - started
+        return [found[i] for i in range(len(prompts))]
+
+    def reward(self, ids: Sequence[int], gold: Sequence[float]) -> Reward:
+        """The reward of an answer (Eq. 4-6)."""
+        weights = {name: getattr(self.cfg, name) for name in (
+            "relevance_level", "ndcg_weight", "recall_weight", "align_weight", "rbo_weight")}
+        return score_completion(self.local.text(ids, special=True), gold, **weights)
+
+    def save(self, name: str, stage: str, step: int = 0, numbers: dict | None = None) -> None:
+        """Write the model into OUT/name, or OUT itself, with all that --rerank asks it with."""
+        if not is_first():
+            return
+        meta = {"stage": stage, "step": step, "metrics": numbers or {},
+                "prompt": dataclasses.asdict(self.prompt), "prompt_hash": self.prompt.hash,
+                **{name: getattr(self.cfg, name) for name in LIMITS},
+                "config": dataclasses.asdict(self.cfg), "data": self.record["data"],
+                "command": sys.argv[1:], "versions": provenance()}
+        folder = self.out / (name or "final.tmp")
+        save_model(self.model, self.local.tokenizer, folder, meta)
+        if not name:  # into the run's own folder, file by file, meta.json last
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "meta.json"):
+                path.replace(self.out / path.name)
+            folder.rmdir()
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """The reranked list of one query."""
-    order: list[int]  # positions in the first-stage list, best first
-    votes: list[list[int]]  # scores that each position got, one a group or window that holds it
-    means: list[float | None]  # their mean (listwise: the place) on 0-10, None where there was none
-    finals: list[float | None]  # fused score of each position
-    reasons: list[tuple[list[int], str]]  # documents of each group and the model's reason
+def learning_rate(step: int, n_steps: int, peak: float, warmup: float, schedule: str) -> float:
+    """Linear warm-up over a share of the steps, then constant, or linear or cosine to zero.
 
-
-Backend = Callable[..., list[Completion]]  # LocalModel and Endpoint
-
-
-def ask_groups(backend: Backend, method: Method, groups: list[Group], cfg: Config, counts: Counter,
-               progress: tqdm | None = None) -> None:
-    """Fill in the groups' scores; a group with an unusable answer is asked again with a new seed.
-
-    When all tries fail, the valid scores of the tries stand, the earliest first.
+    step counts from 0; the first step of a warm-up is above 0 and the last step of a decay too.
     """
-    for attempt in range(cfg.retries + 1):
-        if attempt:
-            counts["retried"] += len(groups)
-        # Greedy decoding would repeat its own mistake: a second try always samples.
-        temperature = max(cfg.temperature, 0.3) if attempt else cfg.temperature
-        chats = [Chat(method.prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
-                      (*g.seed, attempt)) for g in groups]
-        completions = backend(chats, temperature, cfg.top_p, None if attempt else progress)
-        failed = []
-        for group, completion in zip(groups, completions, strict=True):
-            answer = count_answer(completion, method, len(group.docs), counts)
-            if answer.scores is not None:
-                pairs = zip(group.scores, answer.scores, strict=True)
-                group.scores = [new if old is None else old for old, new in pairs]
-            if answer.complete:
-                group.scores, group.reason = answer.scores, answer.reason
-            elif completion.hopeless:
-                counts["failed groups"] += 1
-            else:
-                failed.append(group)
-        groups = failed
-        if not groups:
-            break
-    counts["failed groups"] += len(groups)
+    n_warm = int(warmup * n_steps)
+    if step < n_warm:
+        return peak * (step + 1) / n_warm
+    done = (step - n_warm) / max(n_steps - n_warm, 1)
+    if schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * done)) / 2
+    return peak * (1 - done) if schedule == "linear" else peak
 
 
-def count_answer(completion: Completion, method: Method, n_docs: int, counts: Counter) -> Answer:
-    """Parse one completion and count what it was; an error is counted and never parsed."""
-    counts["calls"] += 1
-    counts["prompt tokens"] += completion.prompt_tokens
-    counts["completion tokens"] += completion.completion_tokens
-    if completion.error:
-        counts["errors"] += 1
-        counts[f"error: {completion.error[:200]}"] += 1
-        return Answer(None, TAG_FAULT)
-    text = completion.text
-    if completion.truncated:
-        text = text.rstrip("0123456789")  # the 1 at the cut may be the start of a 10
-    answer = method.parse(text, n_docs)
-    counts[answer.status] += 1
-    counts["truncated"] += completion.truncated
-    return answer
+def shuffled_batch(n_rows: int, step: int, batch: int, seed: Sequence[int]) -> list[int]:
+    """Row numbers of batch `step` in an endless chain of shuffled epochs: no row is ever skipped.
 
+    A pure function of its arguments, so that a resumed run needs no stored cursor.
+    """
+    places = [divmod(place, n_rows) for place in range(step * batch, (step + 1) * batch)]
+    orders = {epoch: np.random.default_rng([*seed, epoch]).permutation(n_rows)
+              for epoch in {epoch for epoch, _ in places}}
+    return [int(orders[epoch][index]) for epoch, index in places]
+
+
+def rollout_seeds(items: Sequence[Item], seed: int, step: int, n: int) -> list[list[tuple]]:
+    """The names of the random streams of n answers to each row of a batch."""
+    seeds, seen = [], Counter()
+    for item in items:  # a row that comes twice in a batch of few rows draws other answers
+        numbers = range(seen[item.id] * n, (seen[item.id] + 1) * n)
+        seeds.append([(seed, step, item.id, number) for number in numbers])
+        seen[item.id] += 1
+    return seeds
+
+
+@torch.no_grad()
+def check_packing(policy: Policy, machine: Machine, prompt: list[int]) -> None:
+    """Compare packed and separate rows on one prompt; fall back to rows where they differ."""
+    blocks = [(prompt, [prompt[:9], prompt[-5:]])]  # any tokens will do as its answers
+    config = policy.model.get_decoder().config
+    packed, _ = completion_logprobs(policy, blocks, packed=True)
+    config._attn_implementation = "sdpa"
+    rows, _ = completion_logprobs(policy, blocks, packed=False)
+    gap = (packed - rows).abs().mean().item()
+    # Half precision rounds every matrix product, and the two paths reduce in different orders.
+    if gap <= (1e-4 if machine.dtype == torch.float32 else 5e-2):  # NaN is no match
+        config._attn_implementation = SHARED
+    else:
+        print(f"note: packed and separate rows differ by {gap:.2g} a token; prompts are not shared")
+
+
+def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optimizer) -> int:
+    """The largest --max-tokens-per-pass, halved from what is asked, with which training fits.
+
+    Tries the largest pass that the stage can meet: what would fail after hours fails in the first
+    minute.
+    """
+    sft, length = n_answers == 1, run.cfg.max_new_tokens
+    longest = max(items, key=lambda item: len(item.prompt) + (len(item.response) if sft else 0))
+    prompt = longest.prompt
+    answer = longest.response if sft else (prompt * length)[:length]
+    n_tokens = run.cfg.max_tokens_per_pass
+    while True:
+        n_fitting = max((n_tokens - len(prompt)) // len(answer), 1)
+        block = (prompt, [answer] * min(n_answers, n_fitting))
+        size = len(prompt) + len(answer) * len(block[1])
+        if pass_fits(run, [block] * max(n_tokens // size, 1), reference, optimizer):
+            return n_tokens
+        if n_tokens <= len(prompt) + len(answer):
+            raise ValueError(
+                f"one prompt of {len(prompt)} tokens with one answer of {len(answer)} does not fit"
+                " into the device's memory: lower --max-prompt-tokens, --max-new-tokens or"
+                " --docs-per-group, use LoRA, --grad-checkpointing on, or a larger device")
+        n_tokens //= 2
+
+
+def pass_fits(run: Run, blocks: Sequence[Block], reference, optimizer: Optimizer) -> bool:
+    """Whether memory suffices for a pass, with all that a step holds; nothing of it stays."""
+    n_tokens = sum(len(ids) for _, answers in blocks for ids in answers)
+    zeros = torch.zeros(n_tokens, device=run.model.device)
+    run.model.train()  # gradient checkpointing works in this mode alone
+    try:
+        moments = [torch.zeros_like(w) for w in optimizer.weights.values() for _ in range(2)]
+        grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
+        return len(moments) > 0
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        optimizer.adam.zero_grad(set_to_none=True)
+
+
+def run_stage(run: Run, stage: str, stop: list[int]) -> None:
+    """The steps of SFT or GRPO: take one, log, evaluate, keep the best, save; or go on from there.
+
+    stop: the signals that came.
+    """
+    cfg, sft, machine = run.cfg, stage == "sft", run.local.machine
+    items = [i for i in run.items if (i.response if sft else i.gold) is not None]
+    epochs, batch = ((cfg.sft_epochs, cfg.sft_batch) if sft else
+                     (cfg.grpo_epochs, cfg.prompts_per_step))
+    n_steps, n_skipped = math.ceil(epochs * len(items) / batch), 0
+    print(f"{stage}: {len(items)} rows, {n_steps} steps of {batch} rows"
+          + ("" if sft else f" x {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch}"
+             " update(s) each"), flush=True)
+    set_up_training(run.model, cfg, machine)
+    optimizer = Optimizer(run.model, machine)
+    reference = None if sft or not cfg.kl_coef else make_reference(run.policy, machine)
+    start_stage(run, stage, items, reference, optimizer)
+    hidden = not (is_first() and sys.stderr.isatty())
+    for step in tqdm(range(run.step, n_steps), stage, disable=hidden, initial=run.step):
+        if asked := max([0, *itertools.chain(*gather(stop))]):  # perhaps of some processes only
+            print(f"stopped before {stage} step {step + 1}; to go on, repeat the command with"
+                  f" --resume --out {run.out}", flush=True)
+            raise SystemExit(128 + asked)
+        started, chosen = time.perf_counter(), shuffled_batch(
+            len(items), step, batch, (cfg.seed, 1 if sft else 2))
+        rows = [items[i] for i in chosen]
+        done = take_step(run, rows, stage, step, n_steps, reference, optimizer)
+        numbers, seconds = add_up(done), time.perf_counter() - started
+        n_read = sum(len(item.prompt) for item in rows) + numbers.pop("n_tokens")
+        numbers |= {"seconds": seconds, "tokens_per_s": n_read / seconds}
+        run.step, run.seconds[stage] = step + 1, run.seconds.get(stage, 0.0) + seconds
+        if is_first():
+            left_s = run.seconds[stage] / run.step * (n_steps - run.step)
+            run.log.write(stage, run.step, n_steps, numbers, left_s)
+            if step % 10 == 0:
+                run.log.sample(stage, run.step, [
+                    {"id": id, "text": run.local.text(ids, True), "reward": vars(reward)}
+                    for id, ids, reward in done.samples])
+        n_skipped = n_skipped + 1 if numbers["skipped"] else 0
+        if n_skipped == MOST_SKIPPED:
+            raise ValueError(f"{stage} step {run.step}: {n_skipped} steps in a row moved nothing,"
+                             " as their loss or gradient was not finite or nothing was answered;"
+                             f" the last one saw the rows {[item.id for item in rows]}")
+        last = run.step == n_steps
+        if last or (cfg.eval_every and run.step % cfg.eval_every == 0):
+            keep_best(run, stage, n_steps)
+        asked = max([0, *itertools.chain(*gather(stop))])
+        if asked or (cfg.save_every and (last or run.step % cfg.save_every == 0)):
+            state = {"step": run.step, "best": run.best, "seconds": run.seconds,
+                     "shared": shares_prompts(run.model), **optimizer.state()}
+            on_first(save_state, run.out / "checkpoints", stage, run.step, state)
+    run.model.eval()
+
+
+def start_stage(run: Run, stage: str, items, reference, optimizer: Optimizer) -> None:
+    """What comes before the first step: the last checkpoint, and what is found out early."""
+    model, machine, cfg = run.model, run.local.machine, run.cfg
+    run.step = 0
+    if state := last_state(run.out / "checkpoints", stage) if cfg.resume else None:
+        optimizer.load(state)
+        run.step, run.best = state["step"], state["best"]
+        run.seconds |= state["seconds"]
+        # Half precision could decide the other way this time, and the run would not be the same.
+        model.get_decoder().config._attn_implementation = SHARED if state["shared"] else "sdpa"
+        print(f"{stage}: goes on after step {run.step}")
+    elif stage == "grpo" and shares_prompts(model):
+        check_packing(run.policy, machine, items[0].prompt)
+    if machine.device.type == "cuda":
+        n_answers = 1 if stage == "sft" else cfg.rollouts_per_prompt
+        n_tokens = min(gather(fit_memory(run, items, n_answers, reference, optimizer)))
+        if n_tokens < cfg.max_tokens_per_pass:
+            print(f"memory suffices for --max-tokens-per-pass {n_tokens}")
+            run.cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
+            run.record["max_tokens_per_pass"] = n_tokens
+            if is_first():
+                write_json(run.out / "run.json", run.record)
+    if is_first():
+        run.log.rewind(stage, run.step)
+
+
+def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, reference,
+              optimizer: Optimizer) -> Step:
+    """One optimizer step on a batch of rows."""
+    cfg = run.cfg
+    if stage == "sft":
+        lr = learning_rate(step, n_steps, cfg.sft_lr, cfg.sft_warmup, "cosine")
+        return sft_step(run.policy, optimizer, my_share, rows, lr, cfg.max_tokens_per_pass)
+    lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
+    seeds = rollout_seeds(rows, cfg.seed, step, cfg.rollouts_per_prompt)
+    done = grpo_step(run.policy, reference, optimizer, run.answer, run.reward, my_share, rows,
+                     seeds, lr, run.local.end_ids, cfg)
+    done.numbers["rollout_s"] = run.rollout_s
+    if step == 0 and reference is not None and cfg.updates_per_batch == 1:
+        tolerance = 1e-6 if run.local.machine.dtype == torch.float32 else 1e-2
+        # NaN is not our bug: such a step was skipped and counted.
+        assert not done.sums["kl"] > tolerance * done.sums["tokens"], "KL before the first step"
+    return done
+
+
+def add_up(done: Step) -> dict:
+    """The numbers of a step, its sums over all processes divided by their counts."""
+    total: Counter = Counter()
+    for sums in gather(done.sums):
+        total.update(sums)
+    n_tokens, told = max(total.pop("tokens", 1), 1), total.pop("told", 0)
+    numbers, mismatch = {"loss": total.pop("loss")}, total.pop("mismatch", 0.0)
+    if told:
+        numbers["mismatch"] = mismatch / told
+    return numbers | done.numbers | {name: x / n_tokens for name, x in total.items()}
+
+
+def keep_best(run: Run, stage: str, n_steps: int) -> None:
+    """Answer the held-out rows greedily; write OUT/best when mean NDCG@10 is better than ever.
+
+    An answer in a wrong format, or none, counts as NDCG 0.
+    """
+    if not run.eval_items:
+        return
+    answers = run.answer([item.prompt for item in run.eval_items],
+                         [[(0,)]] * len(run.eval_items), temperature=0.0)
+    rewards = [run.reward(row[0].ids if row else [], item.gold)
+               for row, item in zip(answers, run.eval_items, strict=True)]
+    numbers = {"eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
+               "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards]))}
+    if is_first():
+        run.log.write(stage, run.step, n_steps, numbers)
+    if numbers["eval/ndcg@10"] > run.best:
+        run.best = numbers["eval/ndcg@10"]
+        run.save("best", stage, run.step, numbers)
+
+
+def run_stages(run: Run, sft_done: bool, stop: list[int]) -> None:
+    """SFT unless it is done, GRPO, and the final model, as --stage says."""
+    cfg, model, out = run.cfg, run.model, run.out
+    if sft_done and (state := last_state(out / "checkpoints", "sft")):
+        run.best, run.seconds = state["best"], state["seconds"]
+    if cfg.stage in ("sft", "both") and not sft_done:
+        run_stage(run, "sft", stop)
+        # GRPO's reference is the SFT model: with LoRA, that is the merged one.
+        merge_lora(model)
+        run.save("sft", "sft")
+        # Go on from exactly what was saved, as a resumed run will.
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(weight.to(model.stored_dtype))
+    if cfg.stage in ("grpo", "both"):
+        run_stage(run, "grpo", stop)
+        if cfg.lora_rank and is_first():
+            base = str(out / "sft") if (out / "sft").exists() else cfg.model
+            save_adapter(model, out / "adapter", base)
+        merge_lora(model)
+    run.save("", cfg.stage)
+
+
+def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
+    """Train a model on rows: SFT, then GRPO, as --stage says. Returns the finished Run.
+
+    Every process that torchrun started calls this with the same arguments.
+    """
+    from safetensors import SafetensorError
+
+    started = time.perf_counter()
+    rows = read_rows(cfg.data)
+    eval_rows = read_rows(cfg.eval_data) if cfg.eval_data else []
+    machine = pick_machine(cfg.device, cfg.precision)
+    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    sft_done = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
+    model = load_model(str(out / "sft") if sft_done else cfg.model, machine,
+                       trainable=cfg.lora_rank == 0, trust_remote_code=cfg.trust_remote_code)
+    local = LocalModel(model, tokenizer, machine, cfg)
+    items, counts = encode_rows(rows, local.encoder, prompt, cfg.max_new_tokens)
+    eval_items, _ = encode_rows(eval_rows, local.encoder, prompt, cfg.max_new_tokens)
+    check_run(cfg, out, items, eval_items)
+    record = on_first(record_run, cfg, prompt, out)
+    n_tokens = record["max_tokens_per_pass"] or (32768 if machine.device.type == "cuda" else 4096)
+    cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
+    spare_threads(model)
+    servers = None
+    if cfg.rollout_endpoint:
+        servers = RolloutServers(cfg, out, local.end_ids, tokenizer.eos_token_id)
+    policy = Policy(model, functools.partial(machine.autocast, cache=False))
+    run = Run(cfg, out, prompt, local, policy, Log(out, log_every), items, eval_items, record,
+              servers)
+    describe_run(run, counts)
+    try:
+        with open_alone(out / "run.json") if is_first() else contextlib.nullcontext():
+            with stop_on_signals() as stop:
+                run_stages(run, sft_done, stop)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
+                      " whole: make room, then repeat the command with --resume") from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory ({first_line(error)}); repeat the command with --resume"
+                         f" --out {out} and a lower --max-tokens-per-pass or --cache-gib; else use"
+                         " LoRA or a larger device") from error
+    gather(None)  # nobody goes on before the first process has written the model
+    run.seconds["train"] = time.perf_counter() - started
+    print(f"wrote the model to {out} in {clock(run.seconds['train'])}")
+    return run
+
+
+def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_items: Sequence[Item]) -> None:
+    """Find what would fail later, before an old output goes and before hours of training."""
+    if cfg.stage in ("sft", "both") and all(item.response is None for item in items):
+        raise ValueError(f'{cfg.data}: no row has a "response" for SFT; use --stage grpo')
+    if cfg.stage in ("grpo", "both") and all(item.gold is None for item in items):
+        raise ValueError(f'{cfg.data}: no row has "scores", which GRPO needs; use --stage sft')
+    if missing := [item.id for item in eval_items if item.gold is None]:
+        raise ValueError(f'{cfg.eval_data}: row {missing[0]!r} has no "scores"')
+    inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
+    if cfg.overwrite and inside:
+        raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
+
+
+def files_inside(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of the given paths (empty ones aside) that lie in a folder, or are it."""
+    folder = folder.resolve()
+    return [name for name in names
+            if name and folder in (Path(name).resolve(), *Path(name).resolve().parents)]
+
+
+def claim_output(cfg: Config, name: str) -> Path:
+    """The run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ..."""
+    tries = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
+    out = Path(cfg.out) if cfg.out else next(path for path in tries if not path.exists())
+    is_run = (out / "run.json").is_file()
+    if cfg.resume and not is_run:
+        raise ValueError(f"--resume needs --out, the folder of a run to continue; {out} is none")
+    if not cfg.resume:
+        evaluate.refuse_overwrite(out, cfg.overwrite)
+        # A demo that was stopped early has its data only.
+        if out.is_dir() and any(out.iterdir()) and not is_run and not (out / "demo").is_dir():
+            raise ValueError(f"{out} was not written by --train; delete it yourself if you mean to")
+    return out
+
+
+def clear_output(cfg: Config, out: Path) -> None:
+    """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
+    if (out / "run.json").exists():
+        open_alone(out / "run.json").close()  # not while another process trains there
+    if cfg.overwrite and out.is_dir():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
+    """Write run.json, or on --resume check that settings and data are those of the first start.
+
+    Returns what run.json holds, with the --max-tokens-per-pass to use.
+    """
+    hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
+              for name in (cfg.data, cfg.eval_data) if name]
+    record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt": prompt.hash,
+              "data": hashes, "max_tokens_per_pass": cfg.max_tokens_per_pass,
+              "command": sys.argv[1:], "versions": provenance()}
+    path = out / "run.json"
+    if not cfg.resume:
+        clear_output(cfg, out)
+        write_json(path, record)
+        return record
+    open_alone(path).close()  # before anything there is changed
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["versions"]["grouprank"].partition(".")[0] != VERSION.partition(".")[0]:
+        raise ValueError(f"{out} was written by an older edition, whose runs cannot be continued;"
+                         " start a new --out")
+    for name, value in before["config"].items():
+        now = record["config"].get(name)
+        if name not in FREE_TO_CHANGE and now != value:
+            raise ValueError(f"{out} was trained with {flag(name)} {value}, not {now};"
+                             " resume with the same settings or start a new --out")
+    for name in ("data", "prompt"):
+        if before[name] != record[name]:
+            raise ValueError(f"the {name} changed since {out} was started; start a new --out")
+    if before["versions"] != record["versions"]:
+        print(f"note: the end may not be bit-identical: the run was started with"
+              f" {before['versions']}")
+    for left in (*out.rglob(".*.tmp"), *out.glob("final.tmp")):  # by a killed process
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    if cfg.max_tokens_per_pass != before["config"]["max_tokens_per_pass"]:  # given anew
+        before["max_tokens_per_pass"] = cfg.max_tokens_per_pass
+    return before
+
+
+def describe_run(run: Run, counts: Counter) -> None:
+    """Say what is about to happen, in sizes that would show a wrong setting."""
+    cfg, encoder, tokens = run.cfg, run.local.encoder, [len(item.prompt) for item in run.items]
+    print(f"model: {cfg.model}, {run.model.num_parameters():,} parameters, training "
+          + (f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all of them")
+          + f" on {processes()[1]} x {run.local.machine}\n"
+          f"data: {len(run.items)} rows and {len(run.eval_items)} held-out ones; prompts of"
+          f" {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
+          f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
+          f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
+          f"output: {run.out}\n\nthe prompt, of two documents, with ... for the rows' texts:\n"
+          f"{encoder.tokenizer.decode(encoder.encode(run.prompt, '...', ['...', '...'])[0])}\n",
+          flush=True)
+    if run.local.why_not_shared:
+        print(f"note: prompts are run once for each answer: {run.local.why_not_shared}")
+
+
+# --- Reranking jobs, and reranking from Python ----------------------------------------------------
 
 QUERIES_PER_BATCH = 64  # asked together; a resumable job stores its results as often
-
-
-def rank_queries(backend: Backend, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
-                 counts: Counter, show_progress: bool = False) -> list[Ranking]:
-    """Rerank queries by cfg.method; adds to the counts what the answers were like."""
-    rankings = []
-    for _, more, counted in rank_batches(backend, prompt, queries, cfg, show_progress):
-        rankings += more
-        counts.update(counted)
-    return rankings
-
-
-def rank_batches(backend: Backend, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
-                 show_progress: bool = False, n_done: int = 0
-                 ) -> Iterator[tuple[Sequence[Candidates], list[Ranking], Counter]]:
-    """Yield queries, rankings and counts of each batch of queries, after the first n_done batches.
-
-    The batches do not depend on where a job starts, so that it may stop and go on after any.
-    """
-    n_calls = [planned_calls(query, cfg) for query in queries]
-    first = n_done * QUERIES_PER_BATCH
-    hidden = not (show_progress and sys.stderr.isatty())
-    with tqdm(total=sum(n_calls), initial=sum(n_calls[:first]), desc="rerank", unit="call",
-              disable=hidden) as progress:
-        for start in range(first, len(queries), QUERIES_PER_BATCH):
-            counts: Counter = Counter()
-            batch = queries[start : start + QUERIES_PER_BATCH]
-            rank = slide_windows if cfg.method == "listwise" else score_groups
-            method = Method(prompt, METHODS[cfg.method].parse)
-            rankings = rank(backend, method, batch, cfg, counts, progress)
-            if counts["calls"] and counts["errors"] == counts["calls"]:
-                worst = next(key for key in counts if key.startswith("error: "))
-                raise ValueError(f"none of {counts['calls']} calls was answered; the first {worst}")
-            counts["unscored documents"] += sum(r.means.count(None) for r in rankings)
-            yield batch, rankings, counts
-
-
-def score_groups(backend: Backend, method: Method, queries: Sequence[Candidates], cfg: Config,
-                 counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
-    """Groupwise (Eq. 1) and pointwise: all groups of all rounds are independent prompts."""
-    groups_of = [plan_query(query, cfg) for query in queries]
-    ask_groups(backend, method, [g for groups in groups_of for g in groups], cfg, counts, progress)
-    return [fuse_ranking(query, groups, cfg)
-            for query, groups in zip(queries, groups_of, strict=True)]
-
-
-def slide_windows(backend: Backend, method: Method, queries: Sequence[Candidates], cfg: Config,
-                  counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
-    """Listwise: a query's windows wait for one another, so each place is asked for all at once.
-
-    A window without a usable answer keeps its order.
-    """
-    orders = [list(range(len(query.ids))) for query in queries]
-    groups_of: list[list[Group]] = [[] for _ in queries]
-    windows_of = [window_places(len(q.ids), cfg.window, cfg.step) for q in queries]
-    for t, k in itertools.product(range(cfg.rounds), range(max(map(len, windows_of)))):
-        asked = []
-        for query, order, windows, groups in zip(queries, orders, windows_of, groups_of,
-                                                 strict=True):
-            if k < len(windows):
-                docs = order[slice(*windows[k])]
-                groups.append(Group(query, docs, (cfg.seed, query.qid, t, k), [None] * len(docs)))
-                asked.append((groups[-1], order, slice(*windows[k])))
-        ask_groups(backend, method, [group for group, _, _ in asked], cfg, counts, progress)
-        for group, order, places in asked:
-            order[places] = [group.docs[i] for i in order_candidates(group.scores)]
-    return [fuse_ranking(query, groups, cfg, order)
-            for query, groups, order in zip(queries, groups_of, orders, strict=True)]
 
 
 def planned_calls(query: Candidates, cfg: Config) -> int:
@@ -3601,36 +3039,17 @@ def planned_calls(query: Candidates, cfg: Config) -> int:
     return len(plan_query(query, cfg))
 
 
-def plan_query(query: Candidates, cfg: Config) -> list[Group]:
-    """The groups of all rounds of a query; pointwise, every document is its own."""
-    rng = np.random.default_rng([cfg.seed, zlib.crc32(query.qid.encode())])
-    docs_per_group = 1 if cfg.method == "pointwise" else cfg.docs_per_group
-    plan = plan_groups(len(query.ids), docs_per_group, cfg.rounds, cfg.docs_stride, rng,
-                       cfg.grouping == "rank")
-    return [Group(query, docs, (cfg.seed, query.qid, t, m), [None] * len(docs))
-            for t, round_groups in enumerate(plan) for m, docs in enumerate(round_groups)]
-
-
-def fuse_ranking(query: Candidates, groups: Sequence[Group], cfg: Config,
-                 places: list[int] | None = None) -> Ranking:
-    """Fuse each document's mean score with the first stage, and sort.
-
-    With the places that windows led to, these count instead of the mean: 10 for the first, 10 / N
-    for the last of N. A document that no usable group or window held has no score.
-    """
-    votes: list[list[int]] = [[] for _ in query.ids]
-    for group in groups:
-        for position, score in zip(group.docs, group.scores, strict=True):
-            if score is not None:
-                votes[position].append(score)
-    means = [sum(v) / len(v) if v else None for v in votes]
-    for place, i in enumerate(places or ()):
-        means[i] = SCORE_MAX * (1 - place / len(places)) if votes[i] else None
-    finals = fuse_scores(means, query.scores, cfg.fusion_weight)
-    order = order_candidates(finals)
-    assert sorted(order) == list(range(len(query.ids))), "every document once"
-    reasons = [(group.docs, group.reason) for group in groups]
-    return Ranking(order, votes, means, finals, reasons)
+def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
+                 counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
+    """Rerank queries by cfg.method, together; adds to the counts what the answers were like."""
+    rank, own = slide_windows if cfg.method == "listwise" else score_groups, Counter()
+    rankings = rank(backend, Method(prompt, METHODS[cfg.method].parse), queries, cfg, own, progress)
+    if own["calls"] and own["errors"] == own["calls"]:
+        worst = next(key for key in own if key.startswith("error: "))
+        raise ValueError(f"none of {own['calls']} calls was answered; the first {worst}")
+    own["unscored documents"] += sum(r.means.count(None) for r in rankings)
+    counts.update(own)
+    return rankings
 
 
 def carried_scores(ranking: Ranking) -> list[float]:
@@ -3641,40 +3060,37 @@ def carried_scores(ranking: Ranking) -> list[float]:
     return list(carried)[1:]
 
 
-# --- Reranking jobs: collections, parts of them, sweeps; the Python interface ---------------------
+def read_candidates(cfg: Config) -> tuple[list[Candidates], dict, Counter]:
+    """The queries of a run with the texts of their top-k documents; qrels; what did not match.
 
-
-def read_candidates(cfg: Config) -> tuple[list[Candidates], evaluate.Collection, Counter]:
-    """The queries of a run with the texts of their top-k documents, and what did not match.
-
-    Texts are read when a group is asked: what is held grows with ids and scores alone.
+    Of the corpus only the texts that the run names are kept.
     """
-    collection = evaluate.read_collection(cfg.data, queries=cfg.queries or None)
     run = evaluate.read_run(cfg.run)
-    counts = Counter({"queries without a run": len(collection.queries.keys() - run.keys())})
+    named = {doc for scores in run.values() for doc in scores}
+    collection = evaluate.read_collection(cfg.data, queries=cfg.queries or None, keep=named)
     unknown = sorted(run.keys() - collection.queries.keys())
     if len(unknown) == len(run):
         raise ValueError(f"{cfg.run} and {cfg.data} share no query: the run has {unknown[0]!r},"
                          f" the collection {next(iter(collection.queries))!r}")
-    counts["run queries not in the collection"] = len(unknown)
+    notes = Counter({"queries without a run": len(collection.queries.keys() - run.keys()),
+                     "run queries not in the collection": len(unknown)})
     queries = []
     for qid, query in collection.queries.items():
         banned = collection.excluded.get(qid, set())
         scores = {d: s for d, s in run.get(qid, {}).items() if d not in banned}
         ids = evaluate.sort_run(scores)[: cfg.top_k]
-        missing = [d for d in ids if d not in collection.corpus]
-        if missing:
+        if missing := [d for d in ids if d not in collection.corpus]:
             raise ValueError(f"{cfg.run}: query {qid!r} names document {missing[0]!r}, which"
                              f" {Path(cfg.data) / 'corpus.jsonl'} does not have")
         if ids:
-            texts = evaluate.Texts(collection.corpus, ids)  # all of them need not fit into memory
+            texts = [collection.corpus[d] for d in ids]
             queries.append(Candidates(qid, query, ids, texts, [scores[d] for d in ids]))
     if not queries:
         raise ValueError(f"{cfg.run} leaves nothing to rerank: {cfg.data} excludes each document")
-    return queries, collection, counts
+    return queries, collection.qrels, notes
 
 
-def load_backend(cfg: Config) -> Backend:
+def load_backend(cfg: Config) -> Endpoint | LocalModel:
     """The endpoint, or the local model, that a command asks."""
     if cfg.endpoint:
         return Endpoint(cfg.endpoint, cfg.model, cfg)
@@ -3684,236 +3100,115 @@ def load_backend(cfg: Config) -> Backend:
     return LocalModel(model, tokenizer, machine, cfg)
 
 
-# Settings that may change between the parts of one reranking job without changing its result.
-FREE_TO_DIFFER = FREE_TO_CHANGE | {"run", "prompt_file", "endpoint", "concurrency", "timeout_s",
-                                   "shard"}
+def rerank_settings(given: dict) -> tuple[Config, Prompt]:
+    """Defaults, then what the model's meta.json says, then what was given.
 
-
-def hash_local_model(cfg: Config) -> str:
-    """The hash of a model folder's files; "" for a server's model or a name on the hub."""
-    is_local = cfg.model and not cfg.endpoint and Path(cfg.model).is_dir()
-    return hash_files(base_model_files(cfg.model)) if is_local else ""
-
-
-def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates],
-                  model_hash: str) -> dict:
-    """All that decides the result of a reranking; two jobs with the same are parts of one."""
-    config = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    digest = hashlib.sha256()
-    for query in queries:
-        digest.update(repr(query).encode())
-    task = {**{name: value for name, value in config.items() if name not in FREE_TO_DIFFER},
-            "prompt": prompt.hash, "candidates": digest.hexdigest()[:16]}
-    return task | ({"model's files": model_hash} if model_hash else {})
-
-
-def check_same_task(path: Path, before: dict, now: dict) -> None:
-    """Raise ValueError that names the first setting in which two tasks differ."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise ValueError(f"{path} belongs to another job: its {name} is {before.get(name)!r},"
-                             f" not {now.get(name)!r}; give the same settings, or --overwrite")
-
-
-@contextlib.contextmanager
-def open_journal(path: Path, cfg: Config) -> Iterator[list[dict]]:
-    """The finished lines of an interrupted job, for this process alone to continue.
-
-    What a killed process left of a line goes.
+    A prompt file that is not the wording the model was trained with is used, with a warning.
     """
-    with open_alone(path):
-        content = b"" if cfg.overwrite else path.read_bytes()
-        if content and not cfg.resume:
-            raise ValueError(f"{path} holds a part of this job: add --resume to go on, or"
-                             " --overwrite")
-        os.truncate(path, content.rfind(b"\n") + 1)
-        try:
-            yield list(evaluate.read_jsonl(path))
-        finally:
-            if path.exists() and not path.stat().st_size:
-                path.unlink()
+    file, meta = Path(given.get("model") or ".", "meta.json"), {}
+    if given.get("model") and file.is_file():
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
+    prompt = METHODS[cfg.method].prompt
+    if "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
+        prompt = Prompt(**meta["prompt"])
+    if cfg.prompt_file:
+        prompt = read_prompt(cfg.prompt_file)
+    if meta.get("prompt_hash", prompt.hash) != prompt.hash:
+        print_once(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one"
+                   f" is {prompt.hash}: another wording can cost points silently", sys.stderr)
+    return cfg, prompt
 
 
-def append_line(path: Path, line: dict) -> None:
-    """Add a JSON line that outlives a crash of the machine."""
-    with evaluate.name_in_errors(path), open(path, "ab") as file:
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) -> dict:
+    """All that decides the result of a reranking: a job may go on if it is the same."""
+    free = FREE_TO_CHANGE | {"run", "query", "docs", "prompt_file", "endpoint", "trust_remote_code"}
+    used = [f.name for f in dataclasses.fields(cfg)
+            if f.metadata["group"] in (BOTH, RERANK) and f.name not in free]
+    candidates = hashlib.sha256(repr(queries).encode("utf-8", "replace")).hexdigest()[:16]
+    # A model that was trained anew in its folder is another one.
+    weights = sorted(Path(cfg.model).glob("*.safetensors")) if not cfg.endpoint else ()
+    return {**{name: getattr(cfg, name) for name in used}, "prompt_hash": prompt.hash,
+            "candidates": candidates, "weights": [path.stat().st_mtime_ns for path in weights]}
+
+
+def read_partial(path: Path, cfg: Config, task: dict) -> list[dict]:
+    """The finished batches of an interrupted job; what a killed process left of a line goes."""
+    content = b"" if cfg.overwrite else path.read_bytes()
+    if content and not cfg.resume:
+        raise ValueError(f"{path} holds a part of this job: add --resume to go on, or --overwrite")
+    os.truncate(path, content.rfind(b"\n") + 1)
+    batches = list(evaluate.read_jsonl(path))
+    for name, value in (batches[0]["task"] if batches else {}).items():
+        if value != task.get(name):
+            raise ValueError(f"{path} belongs to another job: its {name} is {value!r}, not"
+                             f" {task.get(name)!r}; give the same settings, or --overwrite")
+    return batches
 
 
 def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     """`--rerank` with a collection and a run; OUT.partial keeps finished batches until the end."""
-    if not cfg.out:
-        raise ValueError("--rerank needs --out FILE for the reranked run")
-    number, n_parts = cfg.part
+    if not cfg.out or Path(cfg.out).is_dir():
+        raise ValueError("--rerank needs --out FILE for the reranked run, which is no folder")
+    number, n_parts = map(int, (cfg.shard or "1/1").split("/"))
     out = Path(f"{cfg.out}.{number}-of-{n_parts}" if cfg.shard else cfg.out)
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; --rerank writes a run file")
     partial = out.with_name(out.name + ".partial")
-    if not cfg.resume:
+    if not (cfg.resume and partial.exists()):
         evaluate.refuse_overwrite(out, cfg.overwrite)
     queries, _, notes = read_candidates(cfg)
-    task = describe_task(cfg, prompt, queries, hash_local_model(cfg))
-    if cfg.resume and out.exists() and not partial.exists():
-        check_same_task(out, read_sidecar(out).get("task", {}), task)
-        print(f"{out} is complete")
-        return
-    if number > len(queries):
-        raise ValueError(f"--shard {cfg.shard}: there are only {len(queries)} queries")
     queries = queries[number - 1 :: n_parts]
-    with open_journal(partial, cfg) as batches:
-        for batch in batches:
-            check_same_task(partial, batch["task"], task)
-        for note, n in notes.items():
-            if n:
-                print(f"note: {n} {note}")
+    task = describe_task(cfg, prompt, queries)
+    with open_alone(partial), stop_on_signals() as stop:
+        batches = read_partial(partial, cfg, task)
+        print("".join(f"note: {n} {note}\n" for note, n in notes.items() if n), end="")
         backend = load_backend(cfg)
         spare_threads(backend.model)
-        print(f"rerank {cfg.method}: {len(queries)} queries,"
-              f" {sum(planned_calls(query, cfg) for query in queries)} calls, model {cfg.model}"
-              f" on {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}", flush=True)
-        if batches:
-            print(f"goes on after {len(batches)} batches of {QUERIES_PER_BATCH} queries")
-        started = time.perf_counter()
-        asked = SimpleNamespace(stop=0)
-        with stop_on_signals(asked):
-            for batch, rankings, counts in rank_batches(backend, prompt, queries, cfg, True,
-                                                        len(batches)):
-                run = {}
-                for query, ranking in zip(batch, rankings, strict=True):
-                    ids = [query.ids[i] for i in ranking.order]
-                    run[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
-                seconds, started = time.perf_counter() - started, time.perf_counter()
-                batches.append({"task": task, "run": run, "counts": counts, "seconds": seconds})
-                append_line(partial, batches[-1])
-                if asked.stop and len(batches) * QUERIES_PER_BATCH < len(queries):
+        n_calls = [planned_calls(query, cfg) for query in queries]
+        print(f"rerank {cfg.method}: {len(queries)} queries, {sum(n_calls)} calls, model"
+              f" {cfg.model} on {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}",
+              flush=True)
+        first = len(batches) * QUERIES_PER_BATCH
+        with tqdm(total=sum(n_calls), initial=sum(n_calls[:first]), desc="rerank", unit="call",
+                  disable=not sys.stderr.isatty()) as progress:
+            for start in range(first, len(queries), QUERIES_PER_BATCH):
+                if stop:
                     print(f"stopped after batch {len(batches)}; to go on, repeat the command with"
                           " --resume", flush=True)
-                    raise SystemExit(128 + asked.stop)
-        rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
-        record = {"config": dataclasses.asdict(cfg), "prompt_hash": prompt.hash,
-                  "prompt": dataclasses.asdict(prompt), "notes": notes, "task": task}
-        write_reranked(out, rows, batches, record)
+                    raise SystemExit(128 + stop[0])
+                batch = queries[start : start + QUERIES_PER_BATCH]
+                batches.append(rank_batch(backend, prompt, batch, cfg, progress) | {"task": task})
+                with evaluate.name_in_errors(partial), open(partial, "ab") as file:
+                    file.write(json.dumps(batches[-1]).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+        write_reranked(out, batches, {"task": task, "prompt": dataclasses.asdict(prompt),
+                                      "notes": notes})
         partial.unlink()
 
 
-def write_reranked(out: Path, rows: dict, parts: Sequence[dict], record: dict) -> None:
-    """Write the run and its sidecar, with the counts and seconds of all parts of the job."""
+def rank_batch(backend, prompt, queries: Sequence[Candidates], cfg: Config, progress) -> dict:
+    """A line of OUT.partial: the rankings of some queries, and what the answers were like."""
+    started, counts = time.perf_counter(), Counter()
+    rankings = rank_queries(backend, prompt, queries, cfg, counts, progress)
+    run = {query.qid: list(zip([query.ids[i] for i in ranking.order], carried_scores(ranking),
+                               strict=True))
+           for query, ranking in zip(queries, rankings, strict=True)}
+    return {"run": run, "counts": counts, "seconds": time.perf_counter() - started}
+
+
+def write_reranked(out: Path, batches: Sequence[dict], record: dict) -> None:
+    """Write the run and its sidecar, with the counts and seconds of the whole job."""
     counts: Counter = Counter()
-    for part in parts:
-        counts.update(part["counts"])
-    seconds = sum(part["seconds"] for part in parts)
-    sidecar = {**record, "queries": len(rows), "documents": sum(map(len, rows.values())),
-               "counts": dict(sorted(counts.items())), "seconds": round(seconds, 3),
-               "command": sys.argv[1:], "versions": provenance()}
-    with evaluate.open_atomic(f"{out}.json") as file:
-        json.dump(sidecar, file, indent=2, ensure_ascii=False)
+    for batch in batches:
+        counts.update(batch["counts"])
+    rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
+    seconds = sum(batch["seconds"] for batch in batches)
+    write_json(f"{out}.json", {
+        **record, "queries": len(rows), "documents": sum(map(len, rows.values())),
+        "counts": dict(sorted(counts.items())), "seconds": round(seconds, 3),
+        "command": sys.argv[1:], "versions": provenance()})
     evaluate.write_run(out, rows, tag="grouprank")  # last: where the run is, the job is complete
-    print(describe_counts(counts))
-    print(f"wrote {out} and {out}.json in {clock(seconds)}")
-
-
-def read_sidecar(run: Path) -> dict:
-    """What stands beside a run that --rerank wrote."""
-    return json.loads(Path(f"{run}.json").read_text(encoding="utf-8"))
-
-
-def merge_shards(cfg: Config) -> None:
-    """`--merge`: join OUT.1-of-N to OUT.N-of-N, which --rerank --shard i/N wrote, into OUT."""
-    if not cfg.out:
-        raise ValueError("--merge needs --out FILE, as it was given with --shard")
-    out = Path(cfg.out)
-    evaluate.refuse_overwrite(out, cfg.overwrite)
-    name = re.compile(re.escape(out.name) + r"\.(\d+)-of-(\d+)")
-    found = {m[0]: int(m[2]) for path in out.parent.iterdir() if (m := name.fullmatch(path.name))}
-    n_parts = max(found.values(), default=1)
-    paths = [out.with_name(f"{out.name}.{i}-of-{n_parts}") for i in range(1, n_parts + 1)]
-    missing = [path.name for path in paths if path.name not in found]
-    if missing or len(found) != n_parts:
-        raise ValueError(f"{out}: --merge needs the parts of one split, {out.name}.1-of-N to"
-                         f" {out.name}.N-of-N, beside it; there are {', '.join(sorted(found))};"
-                         f" missing are {', '.join(missing) or 'none'}")
-    parts, runs = [], []
-    for path in paths:
-        parts.append(read_sidecar(path))
-        check_same_task(path, parts[-1]["task"], parts[0]["task"])
-        runs.append(evaluate.read_run(path))
-        if len(runs[-1]) != parts[-1]["queries"]:
-            raise ValueError(f"{path} holds {len(runs[-1])} queries, not the"
-                             f" {parts[-1]['queries']} that were written")
-    # Query j of part i is number (j - 1) * N + i of the collection: the order of one whole job.
-    rounds = itertools.zip_longest(*(run.items() for run in runs))
-    rows = {pair[0]: list(pair[1].items()) for pairs in rounds for pair in pairs if pair}
-    parts[0]["config"] |= {"shard": "", "out": cfg.out}
-    write_reranked(out, rows, parts, parts[0])
-
-
-# Settings that a sweep may vary: those that a back end does not hold.
-SWEPT = (*evaluate.SWEPT, "seed")
-
-
-def read_sweep(items: Sequence[str]) -> list[dict]:
-    """["rounds=1,2", "docs-per-group=5,10"] as the four combinations, the first name slowest."""
-    values: dict[str, list] = {}
-    for item in items:
-        name, _, listed = item.partition("=")
-        name = name.removeprefix("--").replace("-", "_")
-        if name not in SWEPT or name in values or not listed:
-            raise ValueError(f"--sweep {item}: give NAME=V1,V2,... once for each NAME, which is one"
-                             f" of {', '.join(flag(n)[2:] for n in SWEPT)}")
-        given = [f"{flag(name)}={value}" for value in listed.split(",")]
-        values[name] = [getattr(build_parser().parse_args(["--rerank", g]), name) for g in given]
-    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-
-
-def ranked_run(queries: Sequence[Candidates], orders: Sequence[Sequence[int]]) -> dict:
-    """{query id: {document id: minus its place}}: a run without the ties that scores have."""
-    return {query.qid: {query.ids[i]: -float(place) for place, i in enumerate(order)}
-            for query, order in zip(queries, orders, strict=True)}
-
-
-def mean_ndcg(qrels: dict, run: dict) -> float:
-    """Mean NDCG@10 over the queries."""
-    return float(np.mean(list(evaluate.evaluate_run(qrels, run)["ndcg@10"].values())))
-
-
-def sweep_collection(given: dict, items: Sequence[str]) -> None:
-    """`--sweep`: rerank one collection with each combination; lines that are there are kept."""
-    path = Path(given.get("out") or "sweep.jsonl")
-    combinations = read_sweep(items)
-    tasks = [rerank_settings(given | values) for values in combinations]
-    base, _ = tasks[0]
-    if base.shard:
-        raise ValueError("--shard splits a --rerank; a sweep goes over all queries")
-    if not (Path(base.data) / "qrels").is_dir():
-        raise ValueError(f"--sweep needs {base.data}/qrels/test.tsv for NDCG@10")
-    with open_journal(path, base) as lines:
-        done = {json.dumps(line.get("task")): line for line in lines}
-        backend, model_hash = load_backend(base), hash_local_model(base)
-        spare_threads(backend.model)
-
-        @functools.cache  # nothing else that a sweep varies changes the candidates
-        def candidates(top_k: int):
-            return read_candidates(dataclasses.replace(base, top_k=top_k))
-
-        print(f"sweep: {len(tasks)} combinations of {' '.join(items)} on {base.data}", flush=True)
-        for values, (cfg, prompt) in zip(combinations, tasks, strict=True):
-            queries, collection, _ = candidates(cfg.top_k)
-            task = describe_task(cfg, prompt, queries, model_hash)
-            line = done.get(json.dumps(task))
-            if line is None:
-                counts, started = Counter(), time.perf_counter()
-                rankings = rank_queries(backend, prompt, queries, cfg, counts, True)
-                seconds = time.perf_counter() - started
-                run = ranked_run(queries, [ranking.order for ranking in rankings])
-                line = {name: getattr(cfg, name) for name in SWEPT}
-                line |= {"ndcg@10": mean_ndcg(collection.qrels, run), "queries": len(queries),
-                         "seconds": round(seconds, 3), **counts, "task": task}
-                append_line(path, line)
-            print(", ".join(f"{flag(name)[2:]} {value}" for name, value in values.items())
-                  + f": NDCG@10 {line['ndcg@10']:.4f}, {line['calls'] / line['queries']:g} calls"
-                  f" and {line['seconds'] / line['queries']:.2f} s a query", flush=True)
+    print(f"{describe_counts(counts)}\nwrote {out} and {out}.json in {clock(seconds)}")
 
 
 def describe_counts(counts: Counter) -> str:
@@ -3934,7 +3229,7 @@ class GroupRanker:
     [{'corpus_id': 1, 'score': 8.0}]
     """
 
-    def __init__(self, backend: Backend, prompt: Prompt, cfg: Config):
+    def __init__(self, backend: Callable, prompt: Prompt, cfg: Config):
         self.backend, self.prompt, self.cfg = backend, prompt, cfg
 
     @classmethod
@@ -3961,10 +3256,9 @@ class GroupRanker:
 
     def rank_with_reasons(self, query: str, documents: Sequence[str]) -> tuple[Ranking, Counter]:
         """The full record of one ranking, with the model's reasons and what went wrong."""
-        ids = [str(i) for i in range(len(documents))]
+        ids, counts = [str(i) for i in range(len(documents))], Counter()
         falling = [float(-i) for i in range(len(documents))]
         candidates = Candidates("query", query, ids, list(documents), falling)
-        counts: Counter = Counter()
         return rank_queries(self.backend, self.prompt, [candidates], self.cfg, counts)[0], counts
 
 
@@ -3989,154 +3283,10 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
     print(f"\n{describe_counts(counts)}")
 
 
-def rerank_settings(given: dict) -> tuple[Config, Prompt]:
-    """Defaults, then what the model's meta.json says, then what was given.
-
-    A prompt file that is not the wording the model was trained with is used, with a warning.
-    """
-    meta_file = Path(given.get("model") or ".") / "meta.json"
-    meta = {}
-    if given.get("model") and meta_file.is_file():
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-    cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
-    prompt = METHODS[cfg.method].prompt
-    if "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
-        prompt = Prompt(**meta["prompt"])
-    if cfg.prompt_file:
-        prompt = read_prompt(cfg.prompt_file)
-    if meta.get("prompt_hash", prompt.hash) != prompt.hash:
-        print_once(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one"
-                   f" is {prompt.hash}: another wording can cost points silently", sys.stderr)
-    return cfg, prompt
-
-
-# --- Rollouts from inference servers --------------------------------------------------------------
-
-
-class RolloutServers(Endpoint):
-    """Samples a training step's answers on vLLM servers, which get each step's adapter.
-
-    Prompts travel as token ids and so do answers: tokenising text again may give other tokens than
-    were sampled. An answer by any other adapter than that of the step is refused.
-    """
-
-    PATH = "/completions"
-    FATAL = (301, 302, 303, 307, 308, 401, 403)
-    AGAIN = (404, 408, 429)  # 404: this server lacks the adapter, another may have it
-    LONGEST_ANSWER = 2**27  # bytes: some 120 for each token of G answers, and the prompt G times
-
-    def __init__(self, cfg: Config, **options):
-        super().__init__(" ".join(cfg.rollout_endpoint), "", cfg, **options)
-        self.run = random.SystemRandom().randbytes(4).hex()  # a resumed run may not meet old names
-        self.tokenizer, self.end_ids = None, []
-        number, n_processes = processes()  # with few prompts each, all would ask the first servers
-        first = number * len(self.servers) // n_processes
-        self.servers = self.servers[first:] + self.servers[:first]
-
-    def __call__(self, job: Job, items: Sequence[Item], seeds, temperature: float):
-        """Answers to prompts, as many for each as it has seeds; none where all tries failed."""
-        self.model = on_first(self.load_adapter, job)
-        self.tokenizer, self.end_ids = job.tokenizer, job.end_ids
-        found = self.ask_all([self.request(item.prompt, own, temperature)
-                              for item, own in zip(items, seeds, strict=True)])
-        everywhere = [error for part in gather([c.error for c in found]) for error in part]
-        errors = [error for error in everywhere if error]
-        if errors and len(errors) == len(everywhere):
-            raise ValueError(f"none of {len(errors)} prompts was answered by --rollout-endpoint;"
-                             f" the first error: {errors[0]}; once the servers work, repeat the"
-                             f" command with --resume --out {job.out}")
-        if errors:
-            print(f"note: {len(errors)} prompts had no answer and are left out of this step;"
-                  f" the first error: {errors[0]}", flush=True)
-        return [list(completion.sampled) for completion in found]
-
-    def load_adapter(self, job: Job) -> str:
-        """Have every server load the adapter as it is now; returns the name that it goes by."""
-        name = f"{self.run}-{job.step:07d}"
-        if name == self.model:
-            return name
-        folder = job.out / "rollouts" / name
-        if not self.model:  # what a stopped run left
-            shutil.rmtree(folder.parent, ignore_errors=True)
-        save_adapter(job.model, folder, job.cfg.model)
-        with concurrent.futures.ThreadPoolExecutor(len(self.servers)) as pool:  # one may hang
-            loaded = pool.map(lambda server: self.load_on(server, name, folder), self.servers)
-            errors = {server.url: error
-                      for server, error in zip(self.servers, loaded, strict=True)}
-        if all(errors.values()):
-            raise ValueError(f"no --rollout-endpoint could load the adapter {folder}; the first"
-                             f" error: {next(iter(errors.items()))};"
-                             " start vLLM as the README says")
-        for url, error in errors.items():
-            if error:
-                print(f"note: {url} did not load the adapter of step {job.step} and is not asked:"
-                      f" {error}", flush=True)
-        if self.model:
-            self.unload_adapter(job.out / "rollouts" / self.model)
-        return name
-
-    def load_on(self, server: Server, name: str, folder: Path) -> str:
-        """Have a server load an adapter; returns "", or what went wrong in the end."""
-        body = {"lora_name": name, "lora_path": str(folder.resolve())}
-        for attempt in range(1 if server.failing else self.tries):
-            try:
-                self.post(f"{server.url}/load_lora_adapter", body)
-                server.failing = False
-                return ""
-            except self.FAULTS as fault:
-                error = self.describe(fault, body)
-                if "already been loaded" in error:  # the answer to an earlier try was lost
-                    return ""
-                server.failing = True
-                time.sleep(self.backoff_s * 2**attempt)
-        return error
-
-    def unload_adapter(self, folder: Path) -> None:
-        """Have every server forget an adapter, and delete it."""
-        for server in self.servers:
-            with contextlib.suppress(*self.FAULTS):  # it never loaded it, or was started anew
-                self.post(f"{server.url}/unload_lora_adapter", {"lora_name": folder.name})
-        shutil.rmtree(folder)
-
-    def request(self, prompt: Sequence[int], seeds: Sequence[tuple], temperature: float) -> dict:
-        """The body of a request. All of the sampling is said, or the server would apply what the
-        model's generation_config says and sample another distribution than is trained.
-        """
-        return {"model": self.model, "prompt": list(prompt), "n": len(seeds),
-                "max_tokens": self.cfg.max_new_tokens, "temperature": temperature, "top_p": 1.0,
-                "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-                "frequency_penalty": 0.0, "stop_token_ids": list(self.end_ids), "logprobs": 1,
-                "return_token_ids": True, "skip_special_tokens": False,
-                "seed": seed_of_request(seeds[0])}
-
-    def read(self, answer: dict, body: dict) -> Completion:
-        """The answers as token ids with log-probabilities; ValueError where they cannot be used."""
-        if answer["model"] != body["model"]:
-            raise ValueError(f"{answer['model']} answered instead of {body['model']}")
-        if len(answer["choices"]) != body["n"]:
-            raise ValueError(f"{len(answer['choices'])} answers instead of {body['n']}")
-        return Completion("", sampled=tuple(map(self.read_choice, answer["choices"])))
-
-    def read_choice(self, choice: dict) -> Sampled:
-        """One answer. Without token ids its text is tokenised, and its log-probabilities go."""
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise ValueError(f"an answer ended with {choice['finish_reason']!r}")
-        ids, told = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if ids is None:
-            with self.lock:  # a tokenizer serves one thread at a time
-                ids, told = self.tokenizer.encode(choice["text"], add_special_tokens=False), None
-        if choice["finish_reason"] == "stop" and (not ids or ids[-1] not in self.end_ids):
-            ids = [*ids, self.tokenizer.eos_token_id]  # some servers leave the end token out
-        if not ids or not all(type(i) is int and 0 <= i < len(self.tokenizer) for i in ids):
-            raise ValueError("an answer without tokens, or with tokens that the model lacks")
-        if told is None or len(told) > len(ids):
-            return Sampled(ids)
-        logp = [math.nan if x is None else float(x) for x in told]
-        return Sampled(ids, logp + [math.nan] * (len(ids) - len(logp)))
-
-
 # --- Embedded demo: a small world with a lexical gap, for a first run without any download --------
 
+# One concept a row: the word of queries, and two words of documents, one exact and one related.
+# No query word ever occurs in a document, so that BM25 cannot tell documents apart.
 # One concept a row: the word of queries, and two words of documents, one exact and one related.
 # No query word ever occurs in a document, so that BM25 cannot tell documents apart.
 CONCEPTS = """
@@ -4280,10 +3430,11 @@ def demo_model(tokenizer, seed: int):
 
 # What the demo changes in Config: a short prompt and a small model, so all sizes are small.
 DEMO_SETTINGS = {"docs_per_group": 6, "max_doc_tokens": 16, "max_prompt_tokens": 200,
-                 "max_new_tokens": 100, "lora_rank": 0, "sft_epochs": 1.0, "sft_lr": 3e-3,
-                 "sft_batch": 16, "sft_warmup": 0.07, "grpo_epochs": 1.0, "grpo_lr": 2e-4,
-                 "grpo_warmup": 0.03, "grpo_schedule": "linear", "prompts_per_step": 8,
-                 "relevance_level": 3, "eval_every": 50, "save_every": 50}
+                 "max_new_tokens": 100, "lora_rank": 0, "max_tokens_per_pass": 32768,
+                 "sft_epochs": 1.0, "sft_lr": 3e-3, "sft_batch": 16, "sft_warmup": 0.07,
+                 "grpo_epochs": 1.0, "grpo_lr": 2e-4, "grpo_warmup": 0.03,
+                 "grpo_schedule": "linear", "prompts_per_step": 8, "relevance_level": 3,
+                 "eval_every": 50, "save_every": 50}
 DEMO_ROWS = {"sft": 16_000, "grpo": 2_000, "dev": 64}
 DEMO_QUERIES, DEMO_CANDIDATES = 100, 24
 
@@ -4316,15 +3467,23 @@ def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
     tokenizer.save_pretrained(folder / "untrained")
 
 
-def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> tuple[float, float]:
-    """Rerank the demo's collection as `--rerank` does: NDCG@10, and the scores' spread."""
+def mean_ndcg(qrels: dict, run: dict) -> float:
+    """Mean NDCG@10 over the queries."""
+    return float(np.mean(list(evaluate.evaluate_run(qrels, run)["ndcg@10"].values())))
+
+
+def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> float:
+    """NDCG@10 of the demo's collection, reranked as `--rerank` does."""
     cfg = dataclasses.replace(cfg, model=str(model), data=str(folder),
                               run=str(folder / "first.run"))
-    queries, collection, _ = read_candidates(cfg)
-    rankings = rank_queries(load_backend(cfg), prompt, queries, cfg, Counter(), show_progress=True)
-    run = ranked_run(queries, [ranking.order for ranking in rankings])
-    spread = [float(np.std(v)) for ranking in rankings for v in ranking.votes if len(v) > 1]
-    return mean_ndcg(collection.qrels, run), float(np.mean(spread)) if spread else math.nan
+    queries, qrels, _ = read_candidates(cfg)
+    backend, run = load_backend(cfg), {}
+    for start in range(0, len(queries), QUERIES_PER_BATCH):
+        batch = queries[start : start + QUERIES_PER_BATCH]
+        rankings = rank_queries(backend, prompt, batch, cfg, Counter())
+        for query, ranking in zip(batch, rankings, strict=True):
+            run[query.qid] = {query.ids[i]: -float(place) for place, i in enumerate(ranking.order)}
+    return mean_ndcg(qrels, run)
 
 
 def train_demo(given: dict) -> None:
@@ -4342,10 +3501,6 @@ def train_demo(given: dict) -> None:
                          " of its own world (as in the rows of `python synth.py --demo`)")
     if inside := files_inside(out, (cfg.data, cfg.eval_data)):
         raise ValueError(f"{inside[0]} lies in {out}: give another --out")
-    if cfg.data and cfg.ablation:
-        raise ValueError("--ablation is for the embedded demo's own rows; leave --data out")
-    if cfg.ablation and processes()[1] > 1:
-        raise ValueError("--ablation compares by seconds: it is for one process, without torchrun")
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
     if not cfg.resume:
@@ -4355,83 +3510,36 @@ def train_demo(given: dict) -> None:
         cfg, model=str(folder / "untrained"), data=cfg.data or str(folder / "train.jsonl"),
         eval_data=cfg.eval_data or str(folder / "dev.jsonl"),
         overwrite=False)  # what was there is gone by now
-    job = train(cfg, prompt, out)
+    run = train(cfg, prompt, out, log_every=50)
+    if is_first():
+        seconds = {**run.seconds, "total": time.perf_counter() - started}
+        write_results(run.cfg, prompt, out, seconds)
+
+
+def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None:
+    """The demo's last words, also in results.json: held-out NDCG@10 before and after."""
+    folder = out / "demo"
     qrels = evaluate.read_qrels(folder / "qrels" / "test.tsv")
     # One score for all documents, each order of the tie equally likely: the expectation, exactly.
     labels = [list(judged.values()) for judged in qrels.values()]
     tied = [evaluate.ndcg([np.mean(gold)] * len(gold), gold) for gold in labels]
-    table = {"random": float(np.mean(tied)),
-             "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run"))}
-    models = {"untrained": folder / "untrained", "sft": out / "sft", "sft+grpo": out}
-    for name, path in models.items():
+    results = {"random": float(np.mean(tied)),
+               "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run"))}
+    for name, path in (("untrained", folder / "untrained"), ("sft", out / "sft"),
+                       ("sft+grpo", out)):
         if (path / "config.json").is_file():
-            table[name] = demo_ndcg(cfg, prompt, folder, path)[0]
-    if cfg.ablation:
-        spread = run_ablations(cfg, prompt, out, job.seconds, table)
-    seconds = {name: round(s, 1) for name, s in job.seconds.items()}
-    seconds["total"] = round(time.perf_counter() - started, 1)
-    results = {"ndcg@10": {name: round(x, 4) for name, x in table.items()}, "seconds": seconds,
-               "seed": cfg.seed}
-    if cfg.ablation:
-        results["spread"] = {name: round(x, 4) for name, x in spread.items()}
-    if not is_first():
-        return
-    with evaluate.open_atomic(out / "results.json") as file:
-        json.dump(results | {"versions": provenance()}, file, indent=2)
-    print_demo_table(results, out)
-
-
-def run_ablations(cfg: Config, prompt: Prompt, out: Path, seconds: dict, table: dict) -> dict:
-    """Train the variants of Table 3 and SFT alone for the same time; adds to the table.
-
-    Returns how far a document's scores spread over four random groupings, a model each.
-    """
-    folder, spread = Path(cfg.data).parent, {}
-    factor = (seconds["sft"] + seconds["grpo"]) / seconds["sft"]
-    longer = folder / "train-longer.jsonl"
-    rng = random.Random(f"sft {cfg.seed}")
-    rows = (DemoWorld(cfg.seed).row(rng, f"sft-{i}", cfg.docs_per_group, kind="sft")
-            for i in range(round(DEMO_ROWS["sft"] * factor)))
-    longer.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    sft = str(out / "sft")
-    variants = {"grpo": {"stage": "grpo"},
-                "sft, same seconds": {"stage": "sft", "data": str(longer)},
-                "without alignment": {"stage": "grpo", "model": sft, "align_weight": 0.0},
-                "without ranking": {"stage": "grpo", "model": sft,
-                                    "ndcg_weight": 0.0, "recall_weight": 0.0}}
-    for name, changes in variants.items():
-        print(f"\nablation: {name}")
-        target = out / "ablation" / name.replace(", ", "-").replace(" ", "-")
-        target.mkdir(parents=True, exist_ok=True)
-        variant = dataclasses.replace(cfg, out=str(target), ablation=False, resume=False, **changes)
-        train(variant, prompt, target)
-        table[name] = demo_ndcg(cfg, prompt, folder, target)[0]
-    four = dataclasses.replace(cfg, rounds=4)
-    for name in ("sft", "sft+grpo", "without alignment", "without ranking"):
-        path = {"sft": out / "sft", "sft+grpo": out}.get(name)
-        path = path or out / "ablation" / name.replace(" ", "-")
-        spread[name] = demo_ndcg(four, prompt, folder, path)[1]
-    return spread
-
-
-def print_demo_table(results: dict, out: Path) -> None:
-    """The demo's last words: a table of held-out NDCG@10."""
-    names = {"random": "random order", "bm25": "BM25", "untrained": "untrained model",
-             "sft": "SFT only", "grpo": "GRPO only (no cold start)", "sft+grpo": "SFT + GRPO"}
-    names |= {name: name for name in results["ndcg@10"] if name not in names}
-    shown = {label: results["ndcg@10"][name] for name, label in names.items()
-             if name in results["ndcg@10"]}
-    widths = [max(len(label), 6) for label in shown]
-    print(f"\nheld-out NDCG@10: {DEMO_QUERIES} queries, {DEMO_CANDIDATES} candidates each")
-    numbers = [f"{x:.4f}" for x in shown.values()]
-    for cells in (shown, numbers):
-        print("| " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) + " |")
-    for name, x in results.get("spread", {}).items():
-        print(f"spread of a document's scores over four groupings, {name}: {x:.4f}")
-    print(f"{clock(results['seconds']['total'])} in all; numbers in {out / 'results.json'}")
-    query = next(iter(evaluate.read_collection(out / "demo").queries.values()))
-    print(f"try: python grouprank.py --rerank --model {out} --seed {results['seed']}"
-          f" --query '{query}' --docs {out}/demo/example/*.txt")
+            results[name] = demo_ndcg(cfg, prompt, folder, path)
+    write_json(out / "results.json", {
+        "ndcg@10": {name: round(x, 4) for name, x in results.items()},
+        "seconds": {name: round(s, 1) for name, s in seconds.items()}, "seed": cfg.seed,
+        "versions": provenance()})
+    print(f"\nheld-out NDCG@10 (0-100): {DEMO_QUERIES} queries, all {DEMO_CANDIDATES} candidates of"
+          f" each in one list;\nthe log's held-out NDCG@10 is that of single groups of"
+          f" {cfg.docs_per_group}\n" + evaluate.table("", {"NDCG@10": results})
+          + f"\n{clock(seconds['total'])} in all; numbers in {out / 'results.json'}")
+    query = next(iter(evaluate.read_texts(folder / "queries.jsonl").values()))
+    print(f"try: python grouprank.py --rerank --model {out} --seed {cfg.seed}"
+          f" --query '{query}' --docs {folder}/example/*.txt")
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -4460,19 +3568,15 @@ def add_settings(parser: argparse.ArgumentParser, config_class) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from Config: each option's help, default and the default's source."""
+    commands = __doc__.partition("Commands:\n")[2].partition("\n\n")[0]
     parser = argparse.ArgumentParser(
-        prog="grouprank.py",
-        description="Train a groupwise reranker (SFT, then GRPO), or rerank with one.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=100))
+        prog="grouprank.py", usage="grouprank.py (--train | --rerank) [options], see --help",
+        description=__doc__.partition("\n")[0], epilog=f"examples:\n{commands}",
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
+                                          max_help_position=28, width=100))
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="train; without --model the demo")
     mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
-    mode.add_argument("--sweep", nargs="+", metavar="NAME=V1,V2",
-                      help="rerank a run with every combination of these options' values, and write"
-                           " NDCG@10, calls, tokens and seconds of each as a line of --out"
-                           " (default sweep.jsonl)")
-    mode.add_argument("--merge", action="store_true",
-                      help="join the parts of --out that --rerank --shard wrote")
     add_settings(parser, Config)
     return parser
 
@@ -4480,52 +3584,48 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run one command."""
     given = vars(build_parser().parse_args(argv))
-    do_train, do_merge, sweep = (given.pop(name) for name in ("train", "merge", "sweep"))
-    given.pop("rerank")
+    do_train, _ = given.pop("train"), given.pop("rerank")
     for name in given.keys() & {"docs", "rollout_endpoint"}:
         given[name] = tuple(given[name])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if do_train:
         join_processes()
+        run_training(given)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("torchrun is for --train; split a reranking with --shard i/n")
-    if do_train and not given.get("model"):
-        if given.get("method", "groupwise") != "groupwise":
-            raise ValueError("--method needs --model: the demo's rows are groupwise")
-        train_demo(given)
-    elif do_train:
-        cfg = Config(**given)
-        if not cfg.data:
-            raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
-        if cfg.ablation:
-            raise ValueError("--ablation is for the embedded demo; leave --model out")
-        if cfg.method != "groupwise" and (cfg.stage != "sft" or cfg.eval_data):
-            raise ValueError(f"--method {cfg.method} can be trained by --stage sft, without"
-                             " --eval-data: GRPO and the evaluation read groupwise answers")
-        prompt = METHODS[cfg.method].prompt
-        prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else prompt
-        servers = RolloutServers(cfg) if cfg.rollout_endpoint else None
-        train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name), servers)
-    elif do_merge:
-        merge_shards(Config(**given))
     else:
-        cfg, prompt = rerank_settings(given)
-        if not cfg.model:
-            raise ValueError("--rerank needs --model:"
-                             " a folder, a hub name, or a server's model name")
-        if (cfg.query or cfg.docs) and not sweep:
-            if not (cfg.query and cfg.docs):
-                raise ValueError("--query and --docs go together")
-            rerank_files(cfg, prompt)
-        elif not (cfg.data and cfg.run):
-            raise ValueError("--rerank needs --data and --run, or --query and --docs")
-        elif sweep:
-            sweep_collection(given, sweep)
-        else:
-            rerank_collection(cfg, prompt)
+        run_reranking(given)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def run_training(given: dict) -> None:
+    """`--train`: the demo, or a named model on rows."""
+    cfg = Config(**given)
+    if cfg.method != "groupwise" and (cfg.stage != "sft" or cfg.eval_data or not cfg.model):
+        raise ValueError(f"--method {cfg.method} can be trained by --model NAME --stage sft,"
+                         " without --eval-data: GRPO and the evaluation read groupwise answers")
+    if not cfg.model:
+        train_demo(given)
+        return
+    if not cfg.data:
+        raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
+    prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else METHODS[cfg.method].prompt
+    train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
+
+
+def run_reranking(given: dict) -> None:
+    """`--rerank`: a collection's run, or files for a query."""
+    cfg, prompt = rerank_settings(given)
+    if not cfg.model or bool(cfg.query) != bool(cfg.docs) or not (
+            cfg.query or (cfg.data and cfg.run)):
+        raise ValueError("--rerank needs --model (a folder, a hub name, or a server's name for it),"
+                         " and --data with --run, or --query with --docs")
+    if cfg.query:
+        rerank_files(cfg, prompt)
+    else:
+        rerank_collection(cfg, prompt)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,22 @@
 """Speed and memory of evaluate.py beside its peers, in one run.
 
     python tests/bench_evaluate.py                    # 1,000,000 lines; about a minute
-    python tests/bench_evaluate.py --queries 100      # a quick look
+    python tests/bench_evaluate.py --small            # 2,000 lines, once: seconds
 
 File to table, four measures (ndcg@10, recall@100, map, mrr), each tool in a process of its own:
 pytrec_eval parses in Python and evaluates in C, ranx compiles with numba (each process anew, unless
 numba finds a cache). Times are of the whole process, imports included: wall clock, and CPU seconds,
 which tell more on a machine that is busy. Memory is its peak resident set. Peers that are not
 installed are named. All inputs are drawn with a fixed seed.
+
+Measured with --repeats 5 on one core of an AMD EPYC, Python 3.11, numpy 2.4 (best of five; the
+machine's speed varies by 10 % from run to run):
+
+    1,000 queries x 1,000 documents    wall s   CPU s   peak MiB
+    evaluate.py (with tie report)        1.08    1.17        171
+    pytrec_eval                          1.28    1.38        212
+    ranx (compiles in each process)     10.68   10.84        793
+    evaluate.py --help                   0.12    0.17         34
 """
 
 import argparse
@@ -106,7 +115,10 @@ def main():
     parser.add_argument("--docs", type=int, default=1000, help="a query")
     parser.add_argument("--judged", type=int, default=50, help="a query")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="20 queries of 100 documents, once")
     args = parser.parse_args()
+    if args.small:
+        args.queries, args.docs, args.repeats = 20, 100, 1
     bench_files(args)
 
 

@@ -1,16 +1,66 @@
-"""What a GRPO step and a million queries take as models and machines grow: the README's tables.
+"""What a GRPO step and a million queries take as models grow: computed, and checked against runs.
 
     python tests/bench_growing.py                    # the tables (no model is run), then the check
     python tests/bench_growing.py --device cuda      # the check on a random-weight Qwen3-1.7B shape
+    python tests/bench_growing.py --small            # the tables, and one small check; seconds
 
-Tables are computed by `estimate_memory` and `estimate_seconds`, of public model shapes. What a
-device sustains is an assumption: 40 % of an H200's 989 TFLOP/s (dense bf16), 60 % of its 4.8 TB/s.
-The check makes GRPO updates of a random-weight model, each setting in a process of its own, and
-compares its peak memory with the estimate: on the CPU the growth of the resident set (allocations
-from 64 KiB on go back to the system when freed), on CUDA the allocator's own count.
+Computed, not run, by `estimate_memory` and `estimate_seconds`, which take any Llama-like shape;
+these are Qwen3's. A GRPO step of 64 prompts x 8 answers, P 8,192, C 1,024, bf16, checkpointing, KL,
+by 1, 8 and 64 H200 (141 GB): GB on each (of what the weights leave free, 40 % may be cache),
+seconds, and in brackets the seconds if the prompt were run 8 times. `!`: above 80 % of the memory;
+`no`: does not fit (GB that it would take). A device is taken to sustain 40 % of 989 TFLOP/s (dense
+bf16; tests/bench_grpo.py measured about as much) and 60 % of 4.8 TB/s. Every device holds a copy of
+the model. Not counted: communication, the wait for the longest answer, what Python adds.
+
+| GB, s | LoRA, 1 | LoRA, 8 | LoRA, 64 | full, 1 | full, 8 |
+|---|---|---|---|---|---|
+| 0.6B | 57, 62 (304) | 17, 8 (40) | 5, 1 (5) | 62, 69 (328) | 24, 9 (43) |
+| 1.7B | 59, 89 (437) | 19, 12 (61) | 10, 3 (8) | 70, 102 (484) | 48, 13 (67) |
+| 4B | 60, 187 (908) | 28, 25 (125) | 18, 6 (16) | 99, 220 (1120) | 99, 29 (140) |
+| 8B | 66, 278 (1378) | 42, 37 (194) | 30, 9 (24) | no (184) | no (184) |
+| 14B | 75, 469 (2343) | 63, 64 (333) | 47, 17 (42) | no (315) | no (325) |
+| 32B | 116!, 1230 (6071) | 116!, 168 (759) | 93, 38 (95) | no (662) | no (721) |
+
+A million queries of 100 candidates, 300 tokens each, by groups of c in t rounds: the real prompts,
+four characters counted as a token; an answer has 100 tokens and 20 for each document. Hours are
+those of one H200, its memory full of calls, without retries:
+
+| c | t | calls | prompt tokens | answer tokens | H200 hours, 8B |
+|---|---|---|---|---|---|
+| 1 | 1 | 100 M | 59.8 G | 12.0 G | 722 |
+| 1 | 4 | 400 M | 239.3 G | 48.0 G | 2,886 |
+| 10 | 1 | 10 M | 33.1 G | 3.0 G | 514 |
+| 10 | 4 | 40 M | 132.4 G | 12.0 G | 2,057 |
+| 20 | 1 | 5 M | 31.6 G | 2.5 G | 617 |
+| 20 | 4 | 20 M | 126.5 G | 10.0 G | 2,469 |
+
+Measured: the peak memory of GRPO updates of a 34-million-parameter Qwen3 with random weights (8
+layers, width 512, vocabulary 16,384; G = 8), each setting in a process of its own, 2 cores of an
+AMD EPYC, torch 2.13, transformers 5.24: growth of the resident set (allocations from 64 KiB on go
+back to the system when freed); on CUDA it is the allocator's own count:
+
+| check on cpu | predicted GB | measured GB | predicted / measured |
+|---|---|---|---|
+| LoRA, fp32, P 1024, C 64 | 1.03 | 1.08 | 0.95 |
+| LoRA, fp32, P 2048, C 128 | 1.88 | 1.96 | 0.96 |
+| LoRA, fp32, checkpointing, P 1024, C 64 | 0.37 | 0.41 | 0.91 |
+| LoRA, fp32, checkpointing, P 2048, C 128 | 0.57 | 0.61 | 0.94 |
+| full, fp32, P 1024, C 64 | 1.61 | 1.54 | 1.05 |
+| full, fp32, P 2048, C 128 | 2.55 | 2.50 | 1.02 |
+| full, fp32, checkpointing, P 1024, C 64 | 0.89 | 0.83 | 1.08 |
+| full, fp32, checkpointing, P 2048, C 128 | 1.11 | 0.98 | 1.13 |
+| LoRA, bf16, P 1024, C 64 | 0.64 | 0.73 | 0.88 |
+| LoRA, bf16, checkpointing, P 1024, C 64 | 0.27 | 0.34 | 0.79 |
+
+In bf16 with LoRA, rank-wide products, casts of small tensors and what the CPU's bf16 kernels
+allocate are left out. On an H200 an update of a Qwen2.5-7B shape took 22.7 GB and 2.02 s for P
+8,192 and C 512, and 33.3 GB and 6.80 s for P 24,576 and C 1,024 (tests/bench_grpo.py, commit
+c0a8f3e, torch 2.11); these functions give 25.0 GB and 1.94 s, 39.3 GB and 6.47 s.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -34,8 +84,10 @@ QWEN3 = {  # from the models' config.json
     "32B": (5120, 25600, 64, 64, 8, 128, 151936, False),
 }
 SMALL = (512, 1536, 8, 8, 4, 64, 16384, True)
+TINY = (64, 128, 2, 4, 2, 16, 512, True)
 STEP = {"prompt_tokens": 8192, "answer_tokens": 1024}
-PROMPTS_PER_STEP, DEVICES = 64, (1, 8, 64)
+PROMPTS_PER_STEP = 64
+COLUMNS = [("LoRA", 32, 1), ("LoRA", 32, 8), ("LoRA", 32, 64), ("full", 0, 1), ("full", 0, 8)]
 
 
 def shape(numbers):
@@ -102,17 +154,15 @@ def estimate_memory(config, *, prompt_tokens: int, answer_tokens: int, rollouts_
                     tokens_per_pass: int = 32768, cache_bytes: float = 2**30) -> dict[str, float]:
     """Bytes on each device during a GRPO step with shared prompts, by purpose, and their "peak".
 
-    LoRA: every process has the whole frozen base in the compute type (element_bytes: 2 for bf16)
-    and float32 adapters. All parameters: float32 weights, gradients and Adam's two moments, 16
-    bytes a parameter / n_processes, a frozen reference and, with several processes, a whole copy
-    that decodes, both in the compute type. Decoding and updating take turns. Not counted: norms,
-    fragmentation, the CUDA context, communication buffers.
+    LoRA: the whole frozen base in the compute type (element_bytes: 2 for bf16) and float32 adapters.
+    All parameters: float32 weights, gradients and Adam's two moments, 16 bytes a parameter, and a
+    frozen reference in the compute type. Several processes add up their gradients in one tensor.
+    Decoding and updating take turns. Not counted: norms, fragmentation, the CUDA context.
     """
     p, c, g, size = prompt_tokens, answer_tokens, rollouts_per_prompt, element_bytes
     n_block, n_embedding, n_adapter = count_parameters(config, lora_rank)
-    n_all = config.num_hidden_layers * n_block + n_embedding
-    n_trained = n_adapter or n_all / n_processes
-    full, sharded = not lora_rank, n_processes > 1 and not lora_rank
+    n_all, full = config.num_hidden_layers * n_block + n_embedding, not lora_rank
+    n_trained = n_all if full else n_adapter
     in_row = max(1, min(g, (tokens_per_pass - p) // c))  # answers behind one copy of a prompt
     n_rows = max(1, min(tokens_per_pass // (p + in_row * c), prompts_per_process))
     activations, working = pass_bytes(config, [(p, [c] * in_row)] * n_rows, lora=not full,
@@ -120,20 +170,20 @@ def estimate_memory(config, *, prompt_tokens: int, answer_tokens: int, rollouts_
     cache = (p + g * c) * 2 * config.num_hidden_layers * linear_shapes(config)[1][1] * size
     wave = max(1, min(prompts_per_process, int(cache_bytes // cache)))  # prompts decoded at once
     use = {
-        "weights": 4 * n_trained if full else size * n_all + 4 * n_adapter,
+        "weights": 4 * n_all if full else size * n_all + 4 * n_adapter,
         "moments": 8 * n_trained,
-        "reference": size * n_all / n_processes if kl and full else 0,
-        "replica": size * n_all if sharded else 0,
+        "reference": size * n_all if kl and full else 0,
         "gradients": 4 * n_trained,
-        "gathered": 8 * (n_block + n_embedding) if sharded else 0,  # weights and their gradients
+        "summed": 4 * n_trained if n_processes > 1 else 0,
         "casts": size * n_all if size < 4 and full and not checkpointing else 0,  # kept by autograd
         "activations": activations,
         "working": working,
         "cache": wave * cache,
         "sampling": wave * g * config.vocab_size * (size + 24),  # probabilities in float64
     }
-    resident = sum(use[name] for name in ("weights", "moments", "reference", "replica"))
-    update = sum(use[n] for n in ("gradients", "gathered", "casts", "activations", "working"))
+    resident = use["weights"] + use["moments"] + use["reference"]
+    passes = use["casts"] + use["activations"] + use["working"]
+    update = use["gradients"] + max(use["summed"], passes)
     return use | {"peak": resident + max(update, use["cache"] + use["sampling"])}
 
 
@@ -166,7 +216,7 @@ def estimate_seconds(config, *, prompt_tokens: int, answer_tokens: int, flops: f
     return seconds | {"step": sum(seconds.values())}
 
 
-# --- The README's tables ---------------------------------------------------------------------------
+# --- The tables ------------------------------------------------------------------------------------
 
 
 def plan(config, n_devices, lora_rank):
@@ -174,7 +224,7 @@ def plan(config, n_devices, lora_rank):
 
     sizes = STEP | {"prompts_per_process": PROMPTS_PER_STEP // n_devices, "lora_rank": lora_rank}
     first = estimate_memory(config, **sizes, n_processes=n_devices, cache_bytes=1)
-    resident = sum(first[name] for name in ("weights", "moments", "reference", "replica"))
+    resident = sum(first[name] for name in ("weights", "moments", "reference"))
     budget = max(1.0, 0.4 * (DEVICE_BYTES - resident))  # what --cache-gib 0 takes
     memory = estimate_memory(config, **sizes, n_processes=n_devices, cache_bytes=budget)
     wave, seconds = round(memory["cache"] / first["cache"]), []  # prompts decoded at once
@@ -188,15 +238,15 @@ def plan(config, n_devices, lora_rank):
 
 def show_steps():
     """Memory and seconds of a GRPO step by model size and number of devices."""
-    print("| GB, s | " + " | ".join(f"{kind}, {n}" for kind in ("LoRA", "full") for n in DEVICES) + " |")
-    print("|---" * (1 + 2 * len(DEVICES)) + "|")
+    print("| GB, s | " + " | ".join(f"{kind}, {n}" for kind, _, n in COLUMNS) + " |")
+    print("|---" * (1 + len(COLUMNS)) + "|")
     for name, numbers in QWEN3.items():
         cells = []
-        for rank in (32, 0):
-            for n_devices in DEVICES:
-                peak, seconds, rows = plan(shape(numbers), n_devices, rank)
-                cells.append(f"{peak / 1e9:.0f}{'!' if peak > 0.8 * DEVICE_BYTES else ''}, {seconds:.0f} ({rows:.0f})"
-                             if peak <= DEVICE_BYTES else f"no ({peak / 1e9:.0f})")  # fmt: skip
+        for _, rank, n_devices in COLUMNS:
+            peak, seconds, rows = plan(shape(numbers), n_devices, rank)
+            full = "!" if peak > 0.8 * DEVICE_BYTES else ""
+            cells.append(f"{peak / 1e9:.0f}{full}, {seconds:.0f} ({rows:.0f})"
+                         if peak <= DEVICE_BYTES else f"no ({peak / 1e9:.0f})")  # fmt: skip
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -247,7 +297,7 @@ def resident_bytes(field):
 
 
 def measure(device, setting):
-    """Two GRPO updates of a random-weight model: (predicted, measured) bytes at the peak."""
+    """Two GRPO steps of a random-weight model on forced answers: bytes, predicted and measured."""
     import torch
     import transformers
 
@@ -256,29 +306,28 @@ def measure(device, setting):
     machine = grouprank.pick_machine(device, setting["precision"])
     cuda, rank, g = machine.device.type == "cuda", setting["lora_rank"], 8
     config = transformers.Qwen3Config(
-        **vars(shape(QWEN3["1.7B"] if cuda else SMALL)), max_position_embeddings=32768,
+        **vars(shape(setting["shape"])), max_position_embeddings=32768,
         attn_implementation="sdpa", eos_token_id=0, pad_token_id=0)  # fmt: skip
     n_prompt, n_answer = setting["prompt_tokens"], setting["answer_tokens"]
     torch.manual_seed(0)
-    cfg = grouprank.Config(lora_rank=rank, grad_checkpointing="on" if setting["checkpointing"] else "off")
+    cfg = grouprank.Config(lora_rank=rank, max_tokens_per_pass=32768,
+                           grad_checkpointing="on" if setting["checkpointing"] else "off")
     torch.ones(64, 64, device=machine.device) @ torch.ones(64, 64, device=machine.device)  # libraries load
     before = torch.cuda.memory_allocated() if cuda else resident_bytes("VmRSS")
     with torch.device(machine.device):
         dtype = machine.dtype if rank else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    grouprank.share_prompts(model, True)
+    grouprank.share_prompts(model)
     grouprank.set_up_training(model, cfg, machine)
-    job = grouprank.Job(cfg, Path("."), machine, model, None, None, None, [], [], True)
-    policy = grouprank.Policy(model)
-    reference = grouprank.Reference(job, policy)
-    optimizer = grouprank.Optimizer(model, machine, grad_clip=1.0, weight_decay=0.0)
+    policy = grouprank.Policy(model, functools.partial(machine.autocast, cache=False))
+    reference, optimizer = grouprank.make_reference(policy, machine), grouprank.Optimizer(model, machine)
     draw = lambda n: torch.randint(3, config.vocab_size, (n,)).tolist()  # noqa: E731
-    item = grouprank.Item("p", draw(n_prompt), None, None)
-    batch = grouprank.RolloutBatch([item], [[draw(n_answer) for _ in range(g)]], [], [], None)
-    advantages = grouprank.relative_advantages([list(range(g))])
+    item = grouprank.Item("p", draw(n_prompt), (0.0,), None)
+    answers, rewards = [grouprank.Sampled(draw(n_answer)) for _ in range(g)], itertools.cycle(range(g))
     for _ in range(2):  # the moments exist after the first
-        passes = grouprank.build_passes(batch, advantages, cfg, True, machine.device)
-        grouprank.policy_update(job, policy, reference, passes, optimizer, 1e-6)
+        grouprank.grpo_step(
+            policy, reference, optimizer, lambda *_: [answers],
+            lambda *_: grouprank.Reward(next(rewards), "ok"), lambda costs: [0], [item], None, 1e-6, [0], cfg)
     after = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
     sizes = {"prompt_tokens": n_prompt, "answer_tokens": n_answer, "lora_rank": rank,
              "checkpointing": setting["checkpointing"], "element_bytes": machine.dtype.itemsize}
@@ -286,41 +335,47 @@ def measure(device, setting):
     return estimate | {"measured": after - before}
 
 
-def check(device):
+def settings(device, small):
+    """What is checked: LoRA and full, with checkpointing and without, two lengths."""
+    cuda = device == "cuda"
+    lengths = ((8192, 512), (16384, 1024)) if cuda else ((1024, 64), (2048, 128))
+    kinds = itertools.product(("bf16",) if cuda else ("fp32", "bf16"), (32, 0), (False, True), lengths)
+    chosen = [{"precision": precision, "lora_rank": rank, "checkpointing": on, "prompt_tokens": n_prompt,
+               "answer_tokens": n_answer, "shape": QWEN3["1.7B"] if cuda else SMALL}
+              for precision, rank, on, (n_prompt, n_answer) in kinds
+              if cuda or precision == "fp32" or (n_prompt == 1024 and rank)]  # fmt: skip
+    return [chosen[0] | {"shape": TINY, "answer_tokens": 16}] if small else chosen
+
+
+def check(device, small):
     """Predicted and measured peak memory of updates, each setting in its own process."""
-    lengths = ((8192, 512), (16384, 1024)) if device == "cuda" else ((1024, 64), (2048, 128))
-    precisions = ("bf16",) if device == "cuda" else ("fp32", "bf16")
     print(f"\n| check on {device} | predicted GB | measured GB | predicted / measured |\n|---|---|---|---|")
-    for precision in precisions:
-        for rank in (32, 0):
-            for on in (False, True):
-                for n_prompt, n_answer in lengths[: 1 if precision == "bf16" and device == "cpu" else 2]:
-                    setting = {"prompt_tokens": n_prompt, "answer_tokens": n_answer, "lora_rank": rank,
-                               "checkpointing": on, "precision": precision}  # fmt: skip
-                    command = [sys.executable, __file__, "--device", device, "--measure", json.dumps(setting)]
-                    done = subprocess.run(command, capture_output=True, text=True, check=False,
-                                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
-                    if done.returncode:
-                        raise SystemExit(done.stderr)
-                    use = json.loads(done.stdout.splitlines()[-1])
-                    kind = f"{'LoRA' if rank else 'full'}, {precision}{', checkpointing' if on else ''}"
-                    print(f"| {kind}, P {n_prompt}, C {n_answer} | {use['peak'] / 1e9:.2f} |"
-                          f" {use['measured'] / 1e9:.2f} | {use['peak'] / use['measured']:.2f} |", flush=True)
+    for setting in settings(device, small):
+        command = [sys.executable, __file__, "--device", device, "--measure", json.dumps(setting)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False,
+                              env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        use = json.loads(done.stdout.splitlines()[-1])
+        kind = (f"{'LoRA' if setting['lora_rank'] else 'full'}, {setting['precision']}"
+                f"{', checkpointing' if setting['checkpointing'] else ''}")
+        print(f"| {kind}, P {setting['prompt_tokens']}, C {setting['answer_tokens']}"
+              f" | {use['peak'] / 1e9:.2f} | {use['measured'] / 1e9:.2f}"
+              f" | {use['peak'] / use['measured']:.2f} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tables", action="store_true", help="print the tables alone")
-    parser.add_argument("--measure", metavar="JSON", help="one setting of the check, in this process")
+    parser.add_argument("--small", action="store_true", help="one check of a tiny model")
+    parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.device, json.loads(args.measure))))
         return
     show_steps()
     show_queries()
-    if not args.tables:
-        check(args.device)
+    check(args.device, args.small)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python tests/bench_kill.py --kills 50          # some minutes on one core
     python tests/bench_kill.py --kills 0           # the worst moments only
+    python tests/bench_kill.py --small             # these, with LoRA alone; seconds
 
 The demo, made small, is trained once without a stop, with all parameters and with LoRA. Then it is
-trained again: first killed at each of the worst moments (half a checkpoint written, between the
-two renames of a folder, ...), then at random ones, several times a run. A kill is survived when
-its run ends with the same bytes in every model folder, the same metrics.jsonl but for time fields,
+trained again: first killed at each of the worst moments (half a checkpoint written, a folder gone
+and its successor not there yet, ...), then at random ones, several times a run. A kill is survived
+when its run ends with the same bytes in every model folder, the same metrics.jsonl but for time fields,
 the same samples.jsonl and ndcg block, and nothing left under a temporary name.
 
 Each start is a fork of a process that has imported everything, so that the kills fall into the
@@ -73,11 +74,12 @@ WORST = {  # in the order in which a run comes to them
         grouprank.Log, "write", lambda log, stage, step, *_: step == 3, half_a_line),
     "half a checkpoint is written, in SFT": (
         torch, "save", lambda state, file: state["step"] == 4, half_a_state),
-    "OUT/best is between its two renames": (
+    "OUT/best is deleted, the new one not yet renamed": (
         Path, "rename", lambda old, new: Path(new).name == "best" and old.name.endswith(".tmp")),
     "between the stages, SFT not saved": (
-        grouprank, "save_model", lambda model, tokenizer, folder, meta: folder.name == "sft"),
-    "between the stages, SFT saved": (grouprank, "run_grpo", lambda job: True),
+        grouprank.Run, "save", lambda run, name, *_: name == "sft"),
+    "between the stages, SFT saved": (
+        grouprank, "run_stage", lambda run, stage, stop: stage == "grpo"),
     "a checkpoint is written, not renamed, in GRPO": (
         os, "replace", lambda old, new: Path(new).name == "grpo-0000002.pt"),
     "the final model is half there": (
@@ -126,7 +128,7 @@ def ending(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     weights = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
                for path in out.rglob("*.safetensors")}  # fmt: skip
-    left = [str(path) for path in out.rglob("*") if path.name.endswith((".tmp", ".old"))]
+    left = [str(path) for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == "final"]
     return {"weights": weights, "left over": left,
             "metrics": [{k: v for k, v in line.items() if k not in TIMED} for line in lines],
             "samples": (out / "samples.jsonl").read_text(encoding="utf-8"),
@@ -167,7 +169,10 @@ def main(argv=None):
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
     parser.add_argument("--lora-rank", type=int, nargs="+", default=[0, 4])
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--small", action="store_true", help="--kills 0 --lora-rank 4")
     args = parser.parse_args(argv)
+    if args.small:
+        args.kills, args.lora_rank = 0, [4]
     torch.set_num_threads(1)
     rng, moments, survived, n_runs = random.Random(args.seed), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,8 @@
 Documents of 40 to 160 words drawn from a Zipf distribution over 200,000 words, queries of 8 words,
 top 100, one thread. Each tool runs in a process of its own, texts in memory, tokenising included;
 best of --repeats, the tools taking turns. The peer is bm25s with its numpy backend. Dense: exact
-search with random unit vectors beside one matrix product and argpartition in numpy.
+search with random unit vectors beside one matrix product and argpartition in numpy (1.5 s for
+100,000 vectors of width 384 and 1,000 queries).
 """
 
 import argparse
@@ -103,7 +104,7 @@ def bench_dense(n_docs, n_queries, width=384):
     docs, queries = (torch.nn.functional.normalize(torch.randn(n, width, generator=generator), dim=1)
                      for n in (n_docs, n_queries))  # fmt: skip
     start = time.perf_counter()
-    numbers, _ = synth.dense_search(queries, docs, 100)
+    numbers = synth.dense_search(queries, docs, 100)
     ours = time.perf_counter() - start
     start = time.perf_counter()
     products = queries.numpy() @ docs.numpy().T
@@ -119,8 +120,11 @@ def main():
     parser.add_argument("--docs", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="seconds: does everything still run?")
     parser.add_argument("--child", choices=["ours", "bm25s"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.small:
+        args.docs, args.queries, args.repeats = 500, 20, 1
     if args.child:
         child(args)
     else:

@@ -1,17 +1,17 @@
 """The commands as a user meets them: the demo, bad input, help."""
 
+import dataclasses
 import json
-import subprocess
+import random
+import re
+import shlex
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import save_tiny_model, write_rows
 
 import evaluate
 import grouprank
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_main(monkeypatch, capsys, *arguments):
@@ -40,44 +40,44 @@ def good_row(id="r1", **changes):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny model, a collection and a run."""
+    """A tiny model, a collection and runs."""
     root = tmp_path_factory.mktemp("commands")
     save_tiny_model(root / "model", vocab_size=300, context=512)
     save_tiny_model(root / "roomy", vocab_size=300, context=4096)
-    evaluate.write_collection(root / "beir", {"a": "A", "b": "B"}, {"q": "Q"}, {"q": {"a": 1}})
-    evaluate.write_run(root / "first.run", {"q": [("b", 2.0), ("a", 1.0)]})
-    evaluate.write_run(root / "unknown.run", {"q": [("b", 2.0), ("zebra", 1.0)]})
-    evaluate.write_run(root / "foreign.run", {"other": [("b", 2.0)]})
+    evaluate.write_collection(root / "beir", {"a": "A", "b": "B"}, {"q": "Q"}, {"q": {"a": 1}}, {"q": {"b"}})
+    for name, run in {"first": {"q": [("b", 2.0), ("a", 1.0)]}, "unknown": {"q": [("a", 2.0), ("zebra", 1.0)]},
+                      "foreign": {"other": [("b", 2.0)]}, "excluded": {"q": [("b", 1.0)]}}.items():  # fmt: skip
+        evaluate.write_run(root / f"{name}.run", run)
     write_rows(root / "rows.jsonl", [good_row()])
     write_rows(root / "sft.jsonl", [good_row(scores=None)])
     write_rows(root / "grpo.jsonl", [good_row(response=None)])
+    write_rows(root / "twice.jsonl", [good_row("x"), good_row("y"), good_row("x")])
     (root / "empty.txt").write_text("")
     (root / "some.txt").write_text("some")
     return root
 
 
-BAD_ROWS = [
-    (good_row(scores=[1]), '"scores" of length 1'),
-    (good_row(scores=[1, 11]), "scores are numbers from 0 to 10"),
-    (good_row(scores=[1, "2"]), "scores are numbers from 0 to 10"),
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    (good_row(scores=[1]), '"scores" must be 2 numbers from 0 to 10'),
+    (good_row(scores=[1, 11]), '"scores" must be 2 numbers from 0 to 10'),
+    (good_row(scores=[1, "2"]), '"scores" must be 2 numbers from 0 to 10'),
     (good_row(docs=[]), 'no "docs" list'),
-    (good_row(docs=[{"id": "a", "text": "A"}, {"id": "a", "text": "B"}]), "'a' twice"),
+    (good_row(docs=[{"id": "a", "text": "A"}, {"id": "a", "text": "B"}]), "a document id twice"),
     (good_row(docs=[{"id": "a", "text": "A"}, {"id": "b", "text": " "}]), "'b' is empty"),
     (good_row(query=" "), 'no "query" text'),
     (good_row(response=""), 'empty "response"'),
+    (good_row("fine"), "id 'fine' stands on an earlier line already"),
     ({"query": "q"}, 'text "id"'),
     (["not", "an", "object"], 'text "id"'),
-]
-
-
-@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+])  # fmt: skip
 def test_a_wrong_row_is_named_by_file_and_line(place, tmp_path, monkeypatch, capsys, row, message):
     path = write_rows(tmp_path / "rows.jsonl", [good_row("fine"), row])
-    status, _, err = run_main(
-        monkeypatch, capsys, "--train", "--model", place / "model", "--data", path,
-        "--out", tmp_path / "out", "--max-new-tokens", 50,
-    )  # fmt: skip
-    assert status == 2 and message in err and f"{path}:2" in err
+    status, _, err = run_main(monkeypatch, capsys, "--train", "--model", place / "model", "--data", path,
+                              "--out", tmp_path / "out", "--max-new-tokens", 50)  # fmt: skip
+    assert status == 2 and message in err and f"{path}, line 2: " in err
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
@@ -89,53 +89,70 @@ def test_a_tokenizer_without_end_token_is_refused(place, tmp_path):
         grouprank.load_tokenizer(str(tmp_path))
 
 
-def test_repeated_row_ids_are_named_with_both_lines(place, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [good_row("x"), good_row("y"), good_row("x")])
-    with pytest.raises(ValueError, match="rows.jsonl:3: id 'x' stands on line 1 already"):
-        grouprank.read_rows(path)
+TRAIN, RERANK = "--train --model {p}/model --data {p}/rows.jsonl", "--rerank --model {p}/model"
+ROOMY = "--train --model {p}/roomy --max-new-tokens 99 --out {o} --data {p}/"
+RUN, DOCS = RERANK + " --data {p}/beir --out {o} --run {p}/", RERANK + " --query x --docs {p}/some.txt"
+BAD_INPUT = [
+    ("--train --model nowhere --data {p}/rows.jsonl", "nowhere: no such folder"),
+    ("--train --model {p}/beir --data {p}/rows.jsonl", "no tokenizer there"),
+    ("--train --model {p}/model --data {p}/missing.jsonl", "missing.jsonl: No such file"),
+    ("--train --model {p}/model", "needs --data"),
+    ("--train --data {p}/rows.jsonl", "--data needs --model: the demo's model knows only"),
+    ("--train --method listwise", "--method listwise can be trained by --model NAME --stage sft"),
+    (TRAIN + " --method listwise", "--method listwise can be trained by --model NAME --stage sft"),
+    (TRAIN + " --max-new-tokens 600", "no room for --max-new-tokens 600"),
+    (TRAIN + " --max-new-tokens 500", "leaves no room for 2 documents"),
+    (TRAIN + " --rollouts-per-prompt 1", "at least 2"),
+    (TRAIN + " --lora-rank -1", "--lora-rank must be"),
+    (TRAIN + " --device tpu", "--device tpu: there are auto, cpu"),
+    (TRAIN + " --resume", "--resume needs --out"),
+    (TRAIN + " --resume --overwrite", "--resume continues an output and --overwrite deletes it"),
+    (ROOMY + "sft.jsonl", 'no row has "scores"'),
+    (ROOMY + "grpo.jsonl", 'no row has a "response"'),
+    (ROOMY + "rows.jsonl --eval-data {p}/sft.jsonl", "row 'r1' has no \"scores\""),
+    ("--rerank --data {p}/beir --run {p}/first.run --out {o}", "needs --model"),
+    (RERANK, "and --data with --run, or --query with --docs"),
+    (RERANK + " --query x", "--query with --docs"),
+    (RUN + "no.run", "no.run: No such file"),
+    (RUN + "unknown.run", "query 'q' names document 'zebra', which {p}/beir/corpus.jsonl does not have"),
+    (RUN + "foreign.run", "share no query: the run has 'other', the collection 'q'"),
+    (RUN + "excluded.run", "leaves nothing to rerank"),
+    (RUN + "empty.txt", "empty.txt: the run is empty"),
+    (RERANK + " --data {p}/nobeir --run {p}/first.run --out {o}", "nobeir"),
+    (RERANK + " --data {p}/beir --run {p}/first.run", "--rerank needs"),
+    (RERANK + " --data {p}/beir --run {p}/first.run --out {p}/beir", "--out FILE"),
+    (DOCS + " {p}/empty.txt", "empty.txt is empty"),
+    (DOCS + " {p}/none.txt", "none.txt: No such file"),
+    (DOCS + " --endpoint ftp://x", "http or https"),
+    (DOCS + " --docs-stride 30", "--docs-stride"),
+    (DOCS + " --fusion-weight 2", "--fusion-weight"),
+    (DOCS + " --retries -1", "--retries must be"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--train --model nowhere --data {p}/rows.jsonl", "nowhere: no such folder"),
-        ("--train --model {p}/beir --data {p}/rows.jsonl", "no tokenizer could be loaded"),
-        ("--train --model {p}/model --data {p}/missing.jsonl", "missing.jsonl: No such file"),
-        ("--train --model {p}/model", "needs --data"),
-        ("--train --data {p}/rows.jsonl", "--data needs --model: the demo's model knows only"),
-        ("--train --model {p}/model --data {p}/rows.jsonl --ablation", "--ablation is for"),
-        ("--train --model {p}/model --data {p}/rows.jsonl --max-new-tokens 600", "no room for"),
-        ("--train --model {p}/model --data {p}/rows.jsonl --max-new-tokens 500", "no room for 2"),
-        ("--train --model {p}/model --data {p}/rows.jsonl --rollouts-per-prompt 1", "at least 2"),
-        ("--train --model {p}/model --data {p}/rows.jsonl --lora-rank -1", "--lora-rank must not be"),
-        ("--rerank --model {p}/model --retries -1 --query x --docs {p}/some.txt", "--retries must not"),
-        ("--train --model {p}/roomy --data {p}/sft.jsonl --max-new-tokens 99 --out {o}", 'no row has "scores"'),
-        ("--train --model {p}/roomy --data {p}/grpo.jsonl --max-new-tokens 99 --out {o}", 'no row has a "resp'),
-        ("--train --model {p}/roomy --data {p}/rows.jsonl --eval-data {p}/sft.jsonl --max-new-tokens 99"
-         " --out {o}", "row 'r1' has no \"scores\""),
-        ("--train --model {p}/model --data {p}/rows.jsonl --device tpu", "not a device"),
-        ("--rerank --data {p}/beir --run {p}/first.run --out {o}", "needs --model"),
-        ("--rerank --model {p}/model", "needs --data and --run, or --query and --docs"),
-        ("--rerank --model {p}/model --query x", "go together"),
-        ("--rerank --model {p}/model --data {p}/beir --run {p}/no.run --out {o}", "no.run"),
-        ("--rerank --model {p}/model --data {p}/nobeir --run {p}/first.run --out {o}", "nobeir"),
-        ("--rerank --model {p}/model --data {p}/beir --run {p}/first.run", "needs --out"),
-        ("--rerank --model {p}/model --data {p}/beir --run {p}/unknown.run --out {o}", "'zebra'"),
-        ("--rerank --model {p}/model --data {p}/beir --run {p}/foreign.run --out {o}", "share no query"),
-        ("--rerank --model {p}/model --query x --docs {p}/some.txt {p}/empty.txt", "empty.txt is empty"),
-        ("--rerank --model {p}/model --query x --docs {p}/none.txt", "none.txt: No such file"),
-        ("--rerank --model m --endpoint ftp://x --query x --docs {p}/some.txt", "http or https"),
-        ("--rerank --model {p}/model --docs-stride 30 --query x --docs {p}/some.txt", "--docs-stride"),
-        ("--rerank --model {p}/model --fusion-weight 2 --query x --docs {p}/some.txt", "--fusion-weight"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
 def test_bad_input_gets_one_sentence_and_status_2(place, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     text = arguments.format(p=place, o=tmp_path / "o.run")
     status, _, err = run_main(monkeypatch, capsys, *text.split())
-    assert status == 2 and message in err, err
+    assert status == 2 and message.format(p=place) in err, err
     assert err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "o.run").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--train", "--lora-rnk", "3"], "unrecognized arguments: --lora-rnk 3"),
+    (["--train", "--stage", "rl"], "argument --stage: invalid choice: 'rl'"),
+    (["--train", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    (["--merge"], "one of the arguments --train --rerank is required"),
+])  # fmt: skip
+def test_a_mistyped_option_costs_one_line_of_usage(monkeypatch, capsys, arguments, message):
+    status, _, err = run_main(monkeypatch, capsys, *arguments)
+    assert status == 2 and err.count("\n") == 2
+    assert err.startswith("usage: grouprank.py (--train | --rerank)") and message in err
+
+
+# --- Outputs that exist ---------------------------------------------------------------------------
 
 
 def test_nothing_that_exists_is_overwritten(place, tmp_path, monkeypatch, capsys):
@@ -143,17 +160,13 @@ def test_nothing_that_exists_is_overwritten(place, tmp_path, monkeypatch, capsys
     keep.mkdir()
     (keep / "thesis.txt").write_text("years of work")
     train = ["--train", "--model", place / "model", "--data", place / "rows.jsonl", "--out", keep]
-    status, _, err = run_main(monkeypatch, capsys, *train)
-    assert status == 2 and f"{keep} exists" in err
-    status, _, err = run_main(monkeypatch, capsys, *train, "--overwrite")
-    assert status == 2 and "not written by --train" in err
-    status, _, err = run_main(monkeypatch, capsys, *train, "--resume")
-    assert status == 2 and "no training run to continue" in err
+    for option, message in (([], f"{keep} exists"), (["--overwrite"], "not written by --train"),
+                            (["--resume"], "the folder of a run to continue")):  # fmt: skip
+        status, _, err = run_main(monkeypatch, capsys, *train, *option)
+        assert status == 2 and message in err
     (tmp_path / "o.run").write_text("old")
-    status, _, err = run_main(
-        monkeypatch, capsys, "--rerank", "--model", place / "model", "--data", place / "beir",
-        "--run", place / "first.run", "--out", tmp_path / "o.run",
-    )  # fmt: skip
+    status, _, err = run_main(monkeypatch, capsys, "--rerank", "--model", place / "model", "--data", place / "beir",
+                              "--run", place / "first.run", "--out", tmp_path / "o.run")  # fmt: skip
     assert status == 2 and "exists" in err
     assert (tmp_path / "o.run").read_text() == "old"
     assert (keep / "thesis.txt").read_text() == "years of work"
@@ -164,16 +177,14 @@ def test_bad_input_never_costs_an_old_run(place, tmp_path, monkeypatch, capsys):
     old.mkdir()
     (old / "run.json").write_text("{}")
     (old / "model.safetensors").write_text("weights")
+    (old / "rows.jsonl").write_text((place / "rows.jsonl").read_text())
     train = ["--train", "--model", place / "roomy", "--max-new-tokens", 99, "--out", old, "--overwrite"]
-    for data, message in ((place / "sft.jsonl", "no row has"), (place / "none", "none")):
+    for data, message in ((place / "sft.jsonl", "no row has"), (place / "none", "none"),
+                          (old / "rows.jsonl", "--overwrite would delete")):  # fmt: skip
         status, _, err = run_main(monkeypatch, capsys, *train, "--data", data)
         assert status == 2 and message in err
-    (old / "rows.jsonl").write_text((place / "rows.jsonl").read_text())
-    status, _, err = run_main(monkeypatch, capsys, *train, "--data", old / "rows.jsonl")
-    assert status == 2 and "--overwrite would delete" in err
-    demo = ["--train", "--out", old, "--overwrite"]
     for wrong in (["--prompt-file", "none.txt"], ["--device", "tpu"]):
-        status, _, err = run_main(monkeypatch, capsys, *demo, *wrong)
+        status, _, err = run_main(monkeypatch, capsys, "--train", "--out", old, "--overwrite", *wrong)
         assert status == 2
     assert (old / "model.safetensors").read_text() == "weights"
 
@@ -187,21 +198,25 @@ def test_a_failed_run_leaves_no_output(place, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_overwrite_replaces_an_old_run_and_the_demo_survives_its_own_overwriting(tmp_path):
-    for arguments in ([], ["--overwrite"]):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouprank, "DEMO_ROWS", {"sft": 16, "grpo": 8, "dev": 2})
-            patch.setattr(grouprank, "DEMO_QUERIES", 1)
-            grouprank.main(["--train", "--out", str(tmp_path / "run"), "--device", "cpu", *arguments])
-        assert (tmp_path / "run" / "results.json").exists()
-        (tmp_path / "run" / "results.json").unlink()
+def test_a_run_of_the_first_edition_is_refused_in_one_sentence(place, tmp_path, monkeypatch, capsys):
+    before = json.dumps({"config": {"seed": 0, "keep": 2}, "versions": {"grouprank": "1.0"}})
+    (tmp_path / "run.json").write_text(before)
+    status, _, err = run_main(monkeypatch, capsys, "--train", "--model", place / "roomy", "--data",
+                              place / "rows.jsonl", "--out", tmp_path, "--resume", "--max-new-tokens", 99)  # fmt: skip
+    assert status == 2 and err.count("\n") == 1
+    assert f"{tmp_path} was written by an older edition, whose runs cannot be continued" in err
+    assert (tmp_path / "run.json").read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# --- The demo -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demo's whole command with a tenth of its training: the same path, minutes less."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, open(out.parent / "screen", "w") as screen:
+        patch.setattr(sys, "stdout", screen)
         patch.setattr(grouprank, "DEMO_ROWS", {"sft": 1600, "grpo": 32, "dev": 8})
         patch.setattr(grouprank, "DEMO_QUERIES", 10)
         grouprank.main(["--train", "--out", str(out), "--device", "cpu"])
@@ -216,10 +231,9 @@ def test_the_demo_writes_results_models_and_logs(demo):
     lines = [json.loads(line) for line in (demo / "metrics.jsonl").open()]
     steps = [(line["stage"], line["step"]) for line in lines if "grad_norm" in line]
     assert steps == [("sft", i) for i in range(1, 101)] + [("grpo", i) for i in range(1, 5)]
-    grpo = lines[-2]
     assert {"reward", "reward/ndcg", "reward/recall", "reward/alignment", "format_ok", "kl",
             "entropy", "completion_tokens", "truncated", "zero_spread", "grad_norm", "lr",
-            "tokens_per_s"} <= grpo.keys()  # fmt: skip
+            "tokens_per_s"} <= lines[-2].keys()  # fmt: skip
     assert lines[-1].keys() == {"stage", "step", "eval/ndcg@10", "eval/format_ok"}
     sample = json.loads((demo / "samples.jsonl").open().readline())
     assert sample.keys() == {"stage", "step", "id", "text", "reward"}
@@ -228,14 +242,32 @@ def test_the_demo_writes_results_models_and_logs(demo):
     assert (demo / "sft" / "model.safetensors").exists() and (demo / "best" / "meta.json").exists()
 
 
+def test_the_demo_shows_every_fiftieth_step_and_a_table_from_0_to_100(demo):
+    screen = (demo.parent / "screen").read_text()
+    steps = re.findall(r"^(sft|grpo) (\d+)/\d+ \| (?!held-out)", screen, re.MULTILINE)
+    assert steps == [("sft", "1"), ("sft", "50"), ("sft", "100"), ("grpo", "1"), ("grpo", "4")]
+    lines = screen.partition("held-out NDCG@10 (0-100)")[2].splitlines()
+    (shown,) = (line.split()[1:] for line in lines if line.startswith("NDCG@10 "))
+    results = json.loads((demo / "results.json").read_text())["ndcg@10"]
+    assert any(line.split() == list(results) for line in lines)
+    assert list(map(float, shown)) == pytest.approx([100 * x for x in results.values()], abs=0.01)
+
+
 def test_reranking_the_demo_by_command_reproduces_its_last_column(demo, tmp_path):
-    grouprank.main(
-        ["--rerank", "--model", str(demo), "--data", str(demo / "demo"), "--run",
-         str(demo / "demo" / "first.run"), "--out", str(tmp_path / "o.run"), "--device", "cpu"]
-    )  # fmt: skip
+    grouprank.main(["--rerank", "--model", str(demo), "--data", str(demo / "demo"), "--run",
+                    str(demo / "demo" / "first.run"), "--out", str(tmp_path / "o.run"), "--device", "cpu"])  # fmt: skip
     qrels = evaluate.read_qrels(demo / "demo" / "qrels" / "test.tsv")
     value = grouprank.mean_ndcg(qrels, evaluate.read_run(tmp_path / "o.run"))
     assert round(value, 4) == json.loads((demo / "results.json").read_text())["ndcg@10"]["sft+grpo"]
+
+
+def test_the_demo_survives_its_own_overwriting(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouprank, "DEMO_ROWS", {"sft": 16, "grpo": 8, "dev": 2})
+        patch.setattr(grouprank, "DEMO_QUERIES", 1)
+        for option in ([], ["--overwrite"]):
+            grouprank.main(["--train", "--out", str(tmp_path / "run"), "--device", "cpu", "--retries", "0", *option])
+            (tmp_path / "run" / "results.json").unlink()
 
 
 def test_a_query_and_files_print_a_ranked_table_with_reasons(demo, capsys):
@@ -265,11 +297,11 @@ def test_the_demo_world_is_honest():
     corpus, queries, qrels = world.collection(30, 24)
     words = {w for text in corpus.values() for w in text.split()}
     assert not words & {w for text in queries.values() for w in text.split()}  # the lexical gap
-    rows = [world.row(grouprank.random.Random(i), str(i), 6, kind="grpo") for i in range(200)]
+    rows = [world.row(random.Random(i), str(i), 6, kind="grpo") for i in range(200)]
     trained = {frozenset(row["query"].split()) for row in rows}
     assert not trained & {frozenset(q.split()) for q in queries.values()}  # held-out queries
     assert all(len(judged) == 24 for judged in qrels.values())
-    response = world.row(grouprank.random.Random(0), "r", 6, kind="sft")["response"]
+    response = world.row(random.Random(0), "r", 6, kind="sft")["response"]
     answer = grouprank.parse_answer(response, 6)
     assert answer.status == "ok"
     tokenizer = grouprank.demo_tokenizer(world)
@@ -277,10 +309,20 @@ def test_the_demo_world_is_honest():
     assert grouprank.parse_answer(again, 6).scores == answer.scores
 
 
-def test_help_names_every_option_and_where_its_default_comes_from():
-    text = subprocess.run(
-        [sys.executable, ROOT / "grouprank.py", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    for name in grouprank.Config.__dataclass_fields__:
-        assert grouprank.flag(name) in text
-    assert "paper Table 10" in text
+# --- Help -----------------------------------------------------------------------------------------
+
+
+def test_help_groups_the_options_by_command_says_where_defaults_come_from_and_ends_with_examples(monkeypatch, capsys):
+    status, text, _ = run_main(monkeypatch, capsys, "--help")
+    assert status == 0
+    titles = ["both commands:", "--train:", "--train: supervised cold start:", "--train: GRPO:", "--rerank:", "examples:"]
+    places = [text.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    for f in dataclasses.fields(grouprank.Config):
+        start = text.index(f"\n{f.metadata['group']}:\n")
+        assert f"\n  {grouprank.flag(f.name)}" in text[start:].partition("\n\n")[0]
+    assert text.count("paper Table 10") > 5
+    examples = text[places[-1] :].replace("\\\n", " ").strip().splitlines()[1:]
+    assert len(examples) == 5
+    for line in examples:
+        grouprank.build_parser().parse_args(shlex.split(line, comments=True)[2:])

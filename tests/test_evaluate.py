@@ -14,12 +14,10 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +39,10 @@ def command(*arguments, check=True):
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert not check or done.returncode == 0, done.stderr
     return done.returncode, done.stdout, done.stderr
+
+
+def mean(values):
+    return math.fsum(values.values()) / len(values)
 
 
 def write(path, text):
@@ -65,34 +67,18 @@ def test_ndcg_cut_off_applies_to_ranking_and_ideal():
     assert evaluate.ndcg([0, 2, 0, 1], [2, 1, 1, 0], k=2) == pytest.approx(expected, abs=1e-15)
 
 
-def test_exponential_gain_is_two_to_the_grade_minus_one():
-    # grades 1, 2 -> gains 1, 3
-    expected = (1 / log2(2) + 3 / log2(3)) / (3 / log2(2) + 1 / log2(3))
-    assert evaluate.ndcg([1, 2], [2, 1], exponential=True) == pytest.approx(expected, abs=1e-15)
-
-
 def test_negative_grades_have_no_gain_and_no_cost():
     assert evaluate.ndcg([-2, 1], [1, -2]) == evaluate.ndcg([0, 1], [1, 0])
     assert evaluate.ndcg([-1], [-1]) == 0.0
 
 
-def one_query(grades, metric, level=1):
-    """The metric of a ranking d0, d1, ... with these grades; None: not judged."""
-    qrels = {"q": {f"d{i}": grade for i, grade in enumerate(grades) if grade is not None}}
-    run = {"q": {f"d{i}": -float(i) for i in range(len(grades))}}
-    return evaluate.evaluate_run(qrels, run, [metric], relevance_level=level)[metric]["q"]
-
-
-def test_recall_precision_and_success_count_grades_at_the_level():
+def test_recall_and_precision_count_grades_at_the_level():
     ranked, everything = [0, 2, 1, 0], [2, 1, 1]
     assert evaluate.recall(ranked, everything, 2) == 1 / 3
     assert evaluate.recall(ranked, everything, 4) == 2 / 3
     assert evaluate.recall(ranked, everything, 4, level=2) == 1 / 1
     assert evaluate.precision(ranked, 2) == 1 / 2
     assert evaluate.precision(ranked, 10) == 2 / 10  # divides by k, not by what was retrieved
-    assert one_query(ranked, "success@1") == 0.0
-    assert one_query(ranked, "success@2") == 1.0
-    assert one_query(ranked, "success@4", level=3) == 0.0
 
 
 def test_average_precision_equals_hand_sum():
@@ -107,11 +93,6 @@ def test_reciprocal_rank_is_of_the_first_relevant_document():
     assert evaluate.reciprocal_rank([1, 0, 2], level=2) == 1 / 3
 
 
-def test_judged_divides_by_what_was_retrieved_up_to_k():
-    assert one_query([1, None, 0, None], "judged@3") == 2 / 3
-    assert one_query([0, None], "judged@10") == one_query([0, None], "judged") == 1 / 2
-
-
 def test_measures_without_any_relevant_document_are_zero():
     for ranked in ([], [0, 0], [0, -1]):
         assert evaluate.ndcg(ranked, ranked) == 0.0
@@ -119,7 +100,6 @@ def test_measures_without_any_relevant_document_are_zero():
         assert evaluate.precision(ranked, 10) == evaluate.precision(ranked) == 0.0
         assert evaluate.average_precision(ranked, ranked) == 0.0
         assert evaluate.reciprocal_rank(ranked) == 0.0
-    assert one_query([0, -1], "success") == 0.0
 
 
 def test_measures_take_lists_arrays_and_whatever_float_understands():
@@ -148,14 +128,6 @@ def test_rank_biased_overlap_equals_hand_sum():
     assert evaluate.rank_biased_overlap("abc", "bad", p=0.5) == pytest.approx(expected)
 
 
-def test_rank_biased_overlap_of_uneven_lists_equals_hand_sum():
-    # a against a b: s = 1, l = 2, X = 1, 1; second sum: d = 2 only
-    p = 0.5
-    total = 1 / 1 * p + 1 / 2 * p**2 + 1 * (2 - 1) / (1 * 2) * p**2
-    expected = (1 - p) / p * total + ((1 - 1) / 2 + 1 / 1) * p**2
-    assert evaluate.rank_biased_overlap("a", "ab", p=p) == pytest.approx(expected) == 1.0
-
-
 @given(st.permutations(list(range(8))), st.permutations(list(range(8))), st.floats(0.05, 0.99))
 def test_rank_biased_overlap_is_a_symmetric_similarity_of_permutations(a, b, p):
     value = evaluate.rank_biased_overlap(a, b, p)
@@ -165,9 +137,8 @@ def test_rank_biased_overlap_is_a_symmetric_similarity_of_permutations(a, b, p):
 
 
 def test_rank_biased_overlap_at_its_limits():
-    assert evaluate.rank_biased_overlap([], []) == 1.0
-    assert evaluate.rank_biased_overlap([], [1]) == evaluate.rank_biased_overlap([1], [2]) == 0.0
-    for bad in (([1, 1], [1], 0.9), ([1], [1], 0.0), ([1], [1], 1.0)):
+    assert evaluate.rank_biased_overlap([1], [2]) == 0.0
+    for bad in (([1, 1], [1, 2], 0.9), ([1, 2], [1], 0.9), ([1], [1], 0.0), ([1], [1], 1.0)):
         with pytest.raises(ValueError, match="0 < p < 1"):
             evaluate.rank_biased_overlap(*bad)
 
@@ -182,7 +153,6 @@ def test_rank_biased_overlap_at_its_limits():
     ("tie_averaged", "tie_averaged([1, 1, 0], [0, 2, 1])"),
     ("minmax", "minmax([1, 2, 3])"),
     ("strictly_decreasing", "strictly_decreasing([1, 1])"),
-    ("t_test_p", "t_test_p(1.0, 3)"),
 ])  # fmt: skip
 def test_each_formula_runs_when_pasted_alone(name, call):
     source = SCRIPT.read_text()
@@ -205,7 +175,7 @@ def test_only_functions_above_are_called_so_that_one_can_stop_reading_anywhere()
 
 def test_formulas_do_not_modify_their_arguments():
     ranked, everything, scores = [0, 2, -1], [2, 1, -1], {"a": 1.0, "b": 2.0}
-    evaluate.ndcg(ranked, everything, exponential=True)
+    evaluate.ndcg(ranked, everything)
     evaluate.average_precision(ranked, everything)
     evaluate.tie_averaged(ranked, everything)
     evaluate.sort_run(scores)
@@ -262,14 +232,6 @@ def test_tied_ids_compare_as_bytes_and_not_as_utf16():
     assert evaluate.sort_run(dict.fromkeys(ids, 1.0)) == sorted(ids, key=str.encode, reverse=True)
 
 
-def test_first_stage_ties_keep_the_order_of_the_run():
-    scores = {"b": 1.0, "a": 2.0, "d": 1.0, "c": 1.0}
-    assert evaluate.sort_run(scores, "first-stage") == ["a", "b", "d", "c"]
-    values = evaluate.evaluate_run({"q": {"b": 1}}, {"q": scores}, ["mrr"], ties="first-stage")
-    assert values == {"mrr": {"q": 1 / 2}}
-    assert evaluate.evaluate_run({"q": {"b": 1}}, {"q": scores}, ["mrr"]) == {"mrr": {"q": 1 / 4}}
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_rejected(bad):
     with pytest.raises(ValueError, match="document b"):
@@ -290,9 +252,9 @@ def test_minmax_scales_and_makes_constant_lists_zero():
 
 PEER = {
     "ndcg@10": "ndcg_cut_10", "ndcg": "ndcg", "recall@5": "recall_5", "p@5": "P_5", "map": "map",
-    "map@5": "map_cut_5", "mrr": "recip_rank", "success@5": "success_5",
+    "map@5": "map_cut_5", "mrr": "recip_rank",
 }  # fmt: skip
-PEER_MEASURES = {"ndcg_cut", "ndcg", "recall", "P", "map", "map_cut", "recip_rank", "success"}
+PEER_MEASURES = {"ndcg_cut", "ndcg", "recall", "P", "map", "map_cut", "recip_rank"}
 
 
 def assert_equal_to_pytrec_eval(qrels, run, level=1):
@@ -349,19 +311,18 @@ def test_queries_without_overlap_give_empty_results_or_zeros_when_complete():
     qrels, run = {"1": {"a": 1}}, {"2": {"a": 1.0}}
     assert evaluate.evaluate_run(qrels, run) == {"ndcg@10": {}}
     assert evaluate.evaluate_run(qrels, run, complete=True) == {"ndcg@10": {"1": 0.0}}
-    assert evaluate.mean({}) == 0.0
 
 
 def test_complete_counts_missing_queries_as_zero():
     qrels, run = {"1": {"a": 1}, "2": {"a": 1}}, {"1": {"a": 1.0}}
-    assert evaluate.mean(evaluate.evaluate_run(qrels, run)["ndcg@10"]) == 1.0
-    assert evaluate.mean(evaluate.evaluate_run(qrels, run, complete=True)["ndcg@10"]) == 1 / 2
+    assert mean(evaluate.evaluate_run(qrels, run)["ndcg@10"]) == 1.0
+    assert mean(evaluate.evaluate_run(qrels, run, complete=True)["ndcg@10"]) == 1 / 2
 
 
-@pytest.mark.parametrize("metric", ["dcg@10", "ndcg@0", "ndcg@x", "p@-1", "rbo@1", "rbo@0", ""])
+@pytest.mark.parametrize("metric", ["dcg@10", "ndcg@0", "ndcg@x", "p@-1", ""])
 def test_unknown_metrics_are_named(metric):
     with pytest.raises(ValueError, match=re.escape(repr(metric))):
-        evaluate.parse_metric(metric)
+        evaluate.evaluate_run({}, {}, [metric])
 
 
 def golden(name):
@@ -375,7 +336,6 @@ TREC_EVAL |= {f"ndcg@{k}": f"ndcg_cut_{k}" for k in (5, 10, 15, 20, 30, 100, 200
 TREC_EVAL |= {f"p@{k}": f"P_{k}" for k in (5, 10, 15, 20, 30, 100, 200, 500, 1000)}
 TREC_EVAL |= {f"recall@{k}": f"recall_{k}" for k in (5, 10, 15, 20, 30, 100, 200, 500, 1000)}
 TREC_EVAL |= {f"map@{k}": f"map_cut_{k}" for k in (5, 10, 15, 20, 30, 100, 200, 500, 1000)}
-TREC_EVAL |= {f"success@{k}": f"success_{k}" for k in (1, 5, 10)}
 
 
 @needs_data
@@ -389,7 +349,7 @@ def test_every_measure_equals_trec_evals_own_expected_output(run_file, expected,
     values = evaluate.evaluate_run(qrels, run, list(TREC_EVAL), complete=complete)
     compared = 0
     for metric, name in TREC_EVAL.items():
-        assert f"{evaluate.mean(values[metric]):.4f}" == known[name, "all"], metric
+        assert f"{mean(values[metric]):.4f}" == known[name, "all"], metric
         for qid, value in values[metric].items():
             assert f"{value:.4f}" == known.get((name, qid), "0.0000"), (metric, qid)
             compared += (name, qid) in known
@@ -398,20 +358,9 @@ def test_every_measure_equals_trec_evals_own_expected_output(run_file, expected,
 
 
 @needs_data
-def test_the_three_means_of_the_truncated_run_differ_as_they_should():
-    """results.trunc lacks query 302; -c divides by three queries, the default by two."""
-    folder = Path(DATA, "trec_eval")
-    qrels, run = evaluate.read_qrels(folder / "qrels.test"), evaluate.read_run(folder / "results.trunc")
-    default, complete = (
-        evaluate.mean(evaluate.evaluate_run(qrels, run, ["map"], complete=flag)["map"]) for flag in (False, True)
-    )
-    assert default == pytest.approx(complete * 3 / 2)
-
-
-@needs_data
 def test_the_biology_run_of_bright_scores_4349():
-    folder = Path(DATA, "bright")
-    _, out, _ = command("--qrels", folder / "biology.qrels", "--run", folder / "biology.reasonir_top100.run", "--json")
+    run = Path(DATA, "bright", "biology.reasonir_top100.run")
+    _, out, _ = command("--qrels", Path(DATA, "bright", "biology.qrels"), "--run", run, "--json")
     assert round(json.loads(out)["runs"]["biology.reasonir_top100"]["ndcg@10"], 4) == 0.4349
 
 
@@ -429,7 +378,7 @@ def test_the_given_order_of_novel_eval_scores_as_published(tmp_path):
     rankings = {qid: [(f"{qid}-{i}", 0.0) for i in range(20)] for qid in qrels}  # all tied on purpose
     evaluate.write_run(tmp_path / "given.run", rankings)
     values = evaluate.evaluate_run(qrels, evaluate.read_run(tmp_path / "given.run"), ["ndcg@1", "ndcg@5", "ndcg@10"])
-    assert [f"{100 * evaluate.mean(v):.2f}" for v in values.values()] == ["64.29", "58.24", "65.03"]
+    assert [f"{100 * mean(v):.2f}" for v in values.values()] == ["64.29", "58.24", "65.03"]
 
 
 @needs_data
@@ -443,17 +392,6 @@ def test_minmax_equals_pyserinis_normalised_run():
 # --- Comparing runs -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("t, dof, p", [
-    (1.0, 1, 0.5),  # Cauchy: 1 - 2/pi atan(1)
-    (2.0, 2, 1 - 2 / math.sqrt(2 + 2**2)),  # 1 - t / sqrt(2 + t^2)
-    (2.776445, 4, 0.05), (2.570582, 5, 0.05), (2.626405, 99, 0.01), (2.042272, 30, 0.05),  # tables
-    (0.0, 7, 1.0), (math.inf, 7, 0.0),
-])  # fmt: skip
-def test_t_test_p_values_equal_closed_forms_and_tables(t, dof, p):
-    assert evaluate.t_test_p(t, dof) == pytest.approx(p, abs=2e-7)
-    assert evaluate.t_test_p(-t, dof) == evaluate.t_test_p(t, dof)
-
-
 def test_a_paired_comparison_counts_tests_and_is_seeded():
     a = {str(i): 0.5 for i in range(5)}
     b = {"0": 0.6, "1": 0.7, "2": 0.8, "3": 0.9, "4": 0.5, "5": 1.0}  # query 5: in one run only
@@ -462,8 +400,6 @@ def test_a_paired_comparison_counts_tests_and_is_seeded():
     assert result["difference"] == pytest.approx((0.1 + 0.2 + 0.3 + 0.4) / 5)
     # of the 2^5 sign patterns, the four non-zero differences agree in 2 * 2: p = 4 / 32
     assert result["p_randomisation"] == pytest.approx(4 / 32, abs=0.01)
-    # mean 0.2, sd sqrt(0.1 / 4): t = 0.2 / (0.158114 / sqrt(5)) = 2.8284, four degrees of freedom
-    assert result["p_t"] == pytest.approx(evaluate.t_test_p(0.2 / math.sqrt(0.1 / 4 / 5), 4))
     low, high = result["interval"]
     assert 0.0 < low < 0.2 < high < 0.4
     assert result == evaluate.compare_runs(a, b, seed=1) != evaluate.compare_runs(a, b, seed=2)
@@ -472,8 +408,7 @@ def test_a_paired_comparison_counts_tests_and_is_seeded():
 def test_equal_runs_are_not_different():
     a = {"1": 0.5, "2": 0.25}
     result = evaluate.compare_runs(a, a)
-    assert (result["p_randomisation"], result["p_t"], result["interval"]) == (1.0, 1.0, [0.0, 0.0])
-    assert evaluate.compare_runs({"1": 0.0}, {"1": 1.0})["p_t"] == 1.0  # one query decides nothing
+    assert (result["p_randomisation"], result["interval"]) == (1.0, [0.0, 0.0])
     with pytest.raises(ValueError, match="no query in common"):
         evaluate.compare_runs({"1": 0.0}, {"2": 0.0})
 
@@ -503,9 +438,8 @@ def test_the_tie_report_of_a_run_without_ties_is_a_point():
     ("1\tQ0\ta b\t1\t  2.5\trun tag\n", {"1": {"a b": 2.5}}),
     ("1 Q0 dir/Memory Management 2.txt 1 2.5 tag\n", {"1": {"dir/Memory Management 2.txt": 2.5}}),
     ("1 Q0 a  b 1 2.5 tag\n", {"1": {"a  b": 2.5}}),
-    ("1 Q0 a 1 2.5 a tag with spaces\n", {"1": {"a": 2.5}}),
-    ("1 Q0 x 1 9 tag\n1 Q0 b 2 3 4 5 tag\n", {"1": {"x": 9.0, "b 2 3": 5.0}}),  # the tag tells
-    ("\n\r\n1   Q0\ta 1 -2.5e-3 tag\r\n", {"1": {"a": -0.0025}}),
+    ("1 Q0 x 1 9 tag\n1 Q0 b 2 3 4 5 tag\n", {"1": {"x": 9.0, "b 2 3": 5.0}}),  # the id takes it
+    ("\n\r\n1   Q0 a 1 -2.5e-3  tag\r\n", {"1": {"a": -0.0025}}),
     ("\ufeff1 Q0 a\u00a0b 1 2 tag\n", {"1": {"a\u00a0b": 2.0}}),  # no-break space: part of the id
     ("2 Q0 a 1 1 t\n1 Q0 a 1 1 t\n2 Q0 b 1 1 t\n", {"2": {"a": 1.0, "b": 1.0}, "1": {"a": 1.0}}),
     ('{"1": {"a": 2.5, "b": 1}}', {"1": {"a": 2.5, "b": 1.0}}),
@@ -521,17 +455,19 @@ def test_runs_are_read_in_every_form(tmp_path, text, expected, packed):
 @pytest.mark.parametrize("text, message", [
     ("1 Q0 a 1 2.5 t\n1 Q0 a 2 2.0 t\n", "line 2: query 1 lists document a a second time"),
     ("1 Q0 a 1 2.5 t\n2 Q0 b 1 2 t\n1 Q0 a 2 2.0 t\n", "line 3: query 1 lists document a"),
-    ("1 Q0 a 1 2.5 t\n1 Q0 b 1\n", "line 2: not six columns"),
+    ("1 Q0 a 1 2.5 t\n1 Q0 b 1\n", "line 2: not `qid Q0 docid rank score tag`: '1 Q0 b 1'"),
+    ("q1 Q0 my doc 1 3.5", "line 1: not `qid Q0"),  # no tag: the columns are shifted
+    ("q1\tQ0\td 1\t1\t0.5", "line 1: not `qid Q0"),
+    ("q1 Q0 d x 1 t", "line 1: not `qid Q0"),
+    ("1 Q0 a 1 2.5 a tag with spaces\n", "line 1: not `qid Q0"),  # between spaces: an id's
     ("1 Q0 a 1 high t\n", "line 1: could not convert string to float: 'high'"),
     ("1 Q0 a 1 nan t\n", "line 1: query 1, document a: nan is not a finite number"),
     ("1 Q0 a 1 1e999 t\n", "line 1: query 1, document a: 1e999 is not a finite number"),
-    ("1 Q0 b 1 2 3 4 t\n", "line 1: not six columns"),  # id "b 1 2", or tag "3 4 t"
     ("", "the run is empty"),
-    (b"1 Q0 a\xff 1 2 t\n", "can't decode byte 0xff"),
-    ('{"1": {"a": 1, "a": 2}}', "query 1 lists document a a second time"),
+    (b"1 Q0 b 1 2 t\n1 Q0 a\xff 1 2 t\n", "line 2: 'utf-8' codec can't decode byte 0xff"),
     ('{"1": {"a": NaN}}', "query 1, document a: nan is not a finite number"),
-    ('{"1": {"a": "x"}}', "query 1, document a: 'x' is not a number"),
-    ('{"1": [1]}', "query 1"),
+    ('{"1": {"a": "x"}}', "could not convert string to float: 'x'"),
+    ('{"1": [1]}', "query 1 should hold {document id: number}"),
     ('{"1": ', "line 1: Expecting value"),
 ])  # fmt: skip
 def test_bad_runs_are_refused_with_file_and_line(tmp_path, text, message):
@@ -637,12 +573,12 @@ def test_rewritten_queries_are_picked_by_name_and_qrels_are_optional(tmp_path):
     write(tmp_path / "queries.gpt4.jsonl", '{"_id": "1", "text": "rewritten"}\n')
     collection = evaluate.read_collection(tmp_path, queries="gpt4")
     assert (collection.queries, collection.qrels, collection.excluded) == ({"1": "rewritten"}, {}, {})
-    with pytest.raises(ValueError, match=r"queries.jsonl is missing; .* has corpus.jsonl, queries.gpt4.jsonl"):
+    with pytest.raises(OSError, match="queries.jsonl"):
         evaluate.read_collection(tmp_path)
 
 
 @pytest.mark.parametrize("corpus, message", [
-    ('{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "line 2: id 'a' appears twice"),
+    ('{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', ": id 'a' appears twice"),
     ('{"_id": "a", "text": " "}\n', "line 1: 'a' has no text"),
     ('{"_id": 7, "text": "x"}\n', "line 1: needs the keys _id and text"),
     ('{"_id": "a"}\n', "line 1: needs the keys _id and text"),
@@ -670,70 +606,33 @@ ODD_CORPUS = (
 )
 
 
-def test_a_corpus_on_disk_has_the_texts_and_the_order_of_a_loaded_one(tmp_path):
-    path = write(tmp_path / "corpus.jsonl", ODD_CORPUS)
-    corpus, loaded = evaluate.Corpus(path), evaluate.read_texts(path)
-    assert list(corpus.items()) == list(loaded.items()) and len(corpus) == 3
-    assert list(loaded) == ["b", "a b", "last"] and loaded["b"] == "T\nbody"
-    assert [corpus[doc] for doc in ("last", "b", "last")] == ["x", "T\nbody", "x"]
-    assert corpus.get("none") is None and "none" not in corpus
-    texts = evaluate.Texts(corpus, ["last", "b"])
-    assert list(texts) == ["x", "T\nbody"]
-    other = evaluate.Corpus(write(tmp_path / "other.jsonl", ODD_CORPUS.replace("body", "Body")))
-    reprs = [repr(evaluate.Texts(c, ["last", "b"])) for c in (corpus, evaluate.Corpus(path), other)]
-    assert reprs[0] == reprs[1] != reprs[2]  # what a resumed job compares
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_the_texts_that_are_kept_are_held(tmp_path, packed):
+    text = gzip.compress(ODD_CORPUS.encode()) if packed else ODD_CORPUS
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        write(tmp_path / name, text)
+    collection = evaluate.read_collection(tmp_path)
+    assert list(collection.corpus) == ["b", "a b", "last"] and collection.corpus["b"] == "T\nbody"
+    kept = evaluate.read_collection(tmp_path, keep={"last", "not there"})
+    assert kept.corpus == {"last": "x"} and kept.queries == collection.queries
+
+
+@pytest.mark.parametrize("second, message", [
+    ('{"_id": "a", "text": "again"}', "appears twice"),
+    ('{"_id": "b", "text": ""}', "line 2: 'b' has no text"),
+])  # fmt: skip
+def test_lines_that_are_not_kept_are_checked_all_the_same(tmp_path, second, message):
+    path = write(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "x"}\n' + second)
+    with pytest.raises(ValueError, match=message):
+        evaluate.read_texts(path, keep={"z"})
 
 
 @given(st.dictionaries(st.text(min_size=1).filter(lambda id: id.strip() and not set(id) & set("\t\r\n")),
                        st.text().filter(str.strip), min_size=1))
-def test_any_text_that_was_written_is_read_back_from_its_place(tmp_path_factory, texts):
+def test_any_text_that_was_written_is_read_back(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("corpus")
     evaluate.write_collection(folder, texts, {"q": "x"}, {})
-    assert dict(evaluate.Corpus(folder / "corpus.jsonl")) == texts
-
-
-def test_a_corpus_holds_ids_and_places_and_reads_one_line_for_a_text(tmp_path, monkeypatch):
-    secret = "text that must stay on the disk"
-    lines = [json.dumps({"_id": f"d{i}", "text": f"{secret} {i}"}) + "\n" for i in range(100)]
-    corpus, read = evaluate.Corpus(write(tmp_path / "corpus.jsonl", "".join(lines))), []
-    held = {name: value for name, value in vars(corpus).items() if name != "file"}
-    assert secret.encode() not in pickle.dumps(held)
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda *args: read.append(pread(*args)) or read[-1])
-    assert "d7" in corpus and len(corpus) == 100 and list(corpus)[7] == "d7" and read == []
-    assert corpus["d7"] == f"{secret} 7" and read == [lines[7].encode()]
-
-
-def test_threads_read_one_corpus_without_mixing_up_texts(tmp_path):
-    texts = {f"d{i}": f"{i} " * (1 + i % 97) for i in range(500)}
-    evaluate.write_collection(tmp_path, texts, {"q": "x"}, {"q": {"d1": 1}})
-    corpus = evaluate.read_collection(tmp_path).corpus
-    with ThreadPoolExecutor(8) as pool:
-        wanted = [f"d{i * 7919 % 500}" for i in range(5000)]
-        assert list(pool.map(corpus.__getitem__, wanted)) == [texts[doc] for doc in wanted]
-
-
-def test_a_corpus_that_is_replaced_stays_and_one_that_is_changed_in_place_is_refused(tmp_path):
-    path = write(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b", "text": "y"}\n')
-    corpus = evaluate.Corpus(path)
-    evaluate.write_lines(path, [{"_id": "a", "text": "another"}])  # by a rename
-    assert dict(corpus) == {"a": "x", "b": "y"}
-    corpus = evaluate.Corpus(path)
-    write(path, '{"_id": "c", "text": "another"}\n')
-    with pytest.raises(ValueError, match="corpus.jsonl was changed while it was in use"):
-        corpus["a"]
-    write(path, "")
-    with pytest.raises(ValueError, match="corpus.jsonl was changed while it was in use"):
-        corpus["a"]
-
-
-def test_a_gzip_corpus_is_unpacked_and_has_the_same_texts(tmp_path):
-    for name in ("corpus.jsonl", "queries.jsonl"):
-        (tmp_path / name).write_bytes(gzip.compress(ODD_CORPUS.encode()))
-    collection = evaluate.read_collection(tmp_path)
-    assert collection.corpus == collection.queries and len(collection.corpus) == 3
-    plain = evaluate.Corpus(write(tmp_path / "plain.jsonl", ODD_CORPUS))
-    assert collection.corpus.digest == plain.digest
+    assert evaluate.read_texts(folder / "corpus.jsonl") == texts
 
 
 # --- BM25 -----------------------------------------------------------------------------------------
@@ -757,8 +656,6 @@ def test_bm25_search_is_best_first_with_ties_by_number():
     assert scores[0] == scores[2] > scores[3] == 0.0
     assert bm25.search("a1", 2)[0].tolist() == [0, 2]
     assert bm25.search("zzz", 99)[0].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        bm25.search("a1", 0)
 
 
 def test_bm25_survives_empty_texts_but_not_an_empty_corpus():
@@ -815,8 +712,8 @@ def small_bright(folder, parquet=False):
 @pytest.mark.parametrize("parquet", [False, True])
 def test_prepare_bright_keeps_gold_excluded_and_rewritten_queries(tmp_path, parquet):
     source = small_bright(tmp_path / "clone", parquet)
-    _, out, _ = command("--prepare", "bright/pony", "--source", source, "--out", tmp_path / "b", "--skip-checks")
-    assert "3 documents (1 empty and 0 repeated ones left out; 0 judged ones absent), 2 queries, 3 judgements, 1 exclusions" in out
+    _, out, _ = command("--prepare", "bright/pony", "--source", source, "--out", tmp_path / "b")
+    assert "3 documents (1 empty or repeated ones left out, 0 judged ones absent), 2 queries, rewritten as gpt4_reason" in out
     collection = evaluate.read_collection(tmp_path / "b")
     assert collection.corpus == {"d/a b.txt": "text of a b", "d/1.txt": "one", "d/2.txt": "two"}
     assert collection.queries == {"0": "q zero", "1": "q one"}
@@ -826,39 +723,13 @@ def test_prepare_bright_keeps_gold_excluded_and_rewritten_queries(tmp_path, parq
     assert rewritten.queries == {"0": "rewritten q zero", "1": "rewritten q one"}
 
 
-def test_prepare_bright_long_documents(tmp_path):
-    source = small_bright(tmp_path / "clone")
-    evaluate.prepare("bright/pony", tmp_path / "b", source=source, long_documents=True, check=False)
-    collection = evaluate.read_collection(tmp_path / "b")
-    assert collection.corpus == {"long/1": "a long text"}
-    assert collection.qrels == {"0": {"long/1": 1}, "1": {"long/1": 1}}
-
-
-def test_prepare_checks_row_counts_and_leaves_no_corpus_behind(tmp_path):
-    source = small_bright(tmp_path / "clone")
-    with pytest.raises(ValueError, match="2 queries, not 112; 4 documents, not 7894"):
-        evaluate.prepare("bright/pony", tmp_path / "b", source=source)
-    assert not (tmp_path / "b" / "corpus.jsonl").exists()
-
-
-def test_prepare_all_takes_every_task_of_a_benchmark(tmp_path):
-    source = small_bright(tmp_path / "clone")
-    for task in evaluate.SIZES["bright"]:
-        for part in ("documents", "examples", "gpt4_reason"):
-            text = (source / part / "pony.jsonl").read_text()
-            write(source / part / f"{task}.jsonl", text)
-    _, out, _ = command("--prepare", "bright/all", "--source", source, "--out", tmp_path / "b", "--skip-checks")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(evaluate.SIZES["bright"])
-    assert len(out.splitlines()) == 24
-
-
 @pytest.mark.parametrize("parquet", [False, True])
 def test_prepare_r2med(tmp_path, parquet):
     clone = tmp_path / "clone"
     write_rows(clone / "corpus", [{"id": "x/Phototaxis_3.txt", "text": "light"}, {"id": "y", "text": "z"}], parquet)
     write_rows(clone / "query", [{"id": "0", "text": "why"}], parquet)
     write_rows(clone / "qrels", [{"q_id": "0", "p_id": "x/Phototaxis_3.txt", "score": 1}], parquet)
-    evaluate.prepare("r2med/Biology", tmp_path / "r", source=clone, check=False)
+    evaluate.prepare("r2med/Biology", tmp_path / "r", source=clone)
     collection = evaluate.read_collection(tmp_path / "r")
     assert collection.queries == {"0": "why"} and len(collection.corpus) == 2
     assert collection.qrels == {"0": {"x/Phototaxis_3.txt": 1}}
@@ -869,7 +740,7 @@ def test_prepare_r2med_with_the_older_qrels_txt(tmp_path):
     write_rows(clone / "corpus", [{"id": "x", "text": "light"}], False)
     write_rows(clone / "query", [{"id": "0", "text": "why"}], False)
     write(clone / "qrels.txt", "0 0 x 1\n")
-    evaluate.prepare("r2med/IIYi-Clinical", tmp_path / "r", source=clone, check=False)
+    evaluate.prepare("r2med/IIYi-Clinical", tmp_path / "r", source=clone)
     assert evaluate.read_collection(tmp_path / "r").qrels == {"0": {"x": 1}}
 
 
@@ -886,7 +757,7 @@ def test_prepare_beir_keeps_titles_and_only_the_judged_queries(tmp_path, layout)
         write_rows(clone / "corpus" / "corpus", corpus, True)
         write_rows(clone / "queries" / "queries", queries, True)
         write(clone / "test.tsv", "query-id\tcorpus-id\tscore\n1\ta\t2\n")
-    evaluate.prepare("beir/nfcorpus", tmp_path / "n", source=clone, check=False)
+    evaluate.prepare("beir/nfcorpus", tmp_path / "n", source=clone)
     collection = evaluate.read_collection(tmp_path / "n")
     assert collection.corpus == {"a": "T\nbody", "b": "x"}
     assert (collection.queries, collection.qrels) == ({"1": "judged"}, {"1": {"a": 2}})
@@ -898,22 +769,20 @@ def test_prepare_names_what_is_wrong(tmp_path):
             evaluate.prepare(name, tmp_path / "b", source=tmp_path)
     with pytest.raises(ValueError, match=r"has none of examples/pony\.jsonl"):
         evaluate.prepare("bright/pony", tmp_path / "b", source=tmp_path)
-    status, _, err = command("--prepare", "bright/pony", "--source", tmp_path / "nowhere", check=False)
-    assert status == 2 and err.startswith("error: --source") and "Traceback" not in err
 
 
 def test_rows_without_an_expected_field_are_named(tmp_path):
     source = small_bright(tmp_path / "clone")
     write(source / "documents" / "pony.jsonl", '{"id": "d/1.txt", "text": "not content"}\n')
-    with pytest.raises(ValueError, match="bright/pony: a row of the data set lacks the field 'content'"):
-        evaluate.prepare("bright/pony", tmp_path / "b", source=source, check=False)
+    with pytest.raises(ValueError, match="bright/pony: a row lacks a field or holds an odd value .'content'"):
+        evaluate.prepare("bright/pony", tmp_path / "b", source=source)
 
 
 def test_judged_documents_that_the_corpus_lacks_are_an_error(tmp_path):
     write_rows(tmp_path / "c" / "corpus", [{"_id": "a", "text": "x"}], False)
     write_rows(tmp_path / "c" / "queries", [{"_id": "1", "text": "q"}], False)
     write(tmp_path / "c" / "test.tsv", "query-id\tcorpus-id\tscore\n1\tgone\t2\n")
-    with pytest.raises(ValueError, match=r"1 judged documents are missing: gone"):
+    with pytest.raises(ValueError, match="1 of 1 judged documents are missing"):
         evaluate.prepare("beir/other", tmp_path / "n", source=tmp_path / "c")
 
 
@@ -927,31 +796,17 @@ def test_a_few_absent_judged_documents_are_counted_but_accepted(tmp_path):
     assert "1 judged ones absent" in line
 
 
-def test_without_network_prepare_says_how_to_go_on(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    code = f"import evaluate; evaluate.run_cli(lambda: evaluate.prepare('bright/pony', {str(tmp_path)!r}))"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          env=offline, cwd=SCRIPT.parent)  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "--source FOLDER" in done.stderr
-
-
 def test_published_means_equal_the_paper():
     """Averages that the paper prints (its tables) from the per-task figures that we store."""
-    bright = evaluate.published("bright", list(evaluate.SIZES["bright"]))
-    printed = {"BM25": 27.0, "retriever": 32.9, "ERank-32B": 36.2, "ReasonRank-32B": 35.6,
-               "GroupRank-7B": 34.3, "GroupRank-32B": 38.0}  # fmt: skip
-    means = {name: 100 * row["mean"] for name, row in bright.items()}
-    assert means == pytest.approx(printed, abs=0.06)
-    r2med = evaluate.published("r2med", list(evaluate.SIZES["r2med"]))
-    printed = {"retriever": 42.9, "GroupRank-7B": 47.8, "GroupRank-32B": 52.3}
-    means = {name: 100 * r2med[name]["mean"] for name in printed}
-    assert means == pytest.approx(printed, abs=0.06)
-    beir = evaluate.published("beir", ["arguana", "dbpedia-entity", "nfcorpus", "nq", "scidocs"])
-    assert beir["GroupRank-32B"]["mean"] == pytest.approx(0.551)
-    with pytest.raises(ValueError, match="only the mean over arguana"):
-        evaluate.published("beir", ["arguana"])
+    printed = {
+        "bright": {"BM25": 27.0, "retriever": 32.9,
+                   "GroupRank-7B": 34.3, "GroupRank-32B": 38.0},
+        "r2med": {"retriever": 42.9, "GroupRank-7B": 47.8, "GroupRank-32B": 52.3},
+    }  # fmt: skip
+    for benchmark, means in printed.items():
+        rows = [evaluate.published(benchmark, task) for task in evaluate.TASKS[benchmark].split()]
+        for system, mean in means.items():
+            assert 100 * np.mean([row[system] for row in rows]) == pytest.approx(mean, abs=0.06)
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -977,35 +832,33 @@ def test_the_table_says_everything_about_missing_queries_and_exclusions(small):
     assert re.search("^" + " +".join(titles) + r"\none +2 +1 +1 +1$", out, re.M)
 
 
-def test_json_holds_fractions_comparisons_and_ties(small):
+def test_json_holds_fractions_comparisons_ties_and_each_query(small):
     qrels = small / "pony" / "qrels" / "test.tsv"
-    _, out, _ = command("--qrels", qrels, "--run", small / "one.run", small / "two.run", "--json",
-                        "--metrics", "ndcg@10", "rbo", "--complete", "--paper", "bright")  # fmt: skip
+    _, out, _ = command("--qrels", qrels, "--run", small / "one.run", small / "two.run", "--json", "--metrics", "ndcg@10", "map",
+                        "--complete", "--paper", "bright")  # fmt: skip
     report = json.loads(out)
     # two: query 1 is perfect; in query 2, c and b tie and c comes first (ids descending); 3 is missing
     assert report["runs"]["two"]["ndcg@10"] == pytest.approx((1 + 1 + 0) / 3)
-    assert report["runs"]["one"]["rbo"] == pytest.approx(2 / 3)  # equal to itself where it has a list
-    details = report["tasks"]["pony"]
-    assert details["comparisons"]["two - one, ndcg@10"]["queries"] == 3
-    assert details["ties"]["two"] | {"worst": 0, "expected": 0, "best": 0} == {
+    assert report["per_query"]["two"]["ndcg@10"] == {"1": 1.0, "2": 1.0, "3": 0.0}
+    assert report["comparisons"]["two - one, ndcg@10"]["queries"] == 3
+    assert report["ties"]["two"] | {"worst": 0, "expected": 0, "best": 0} == {
         "k": 10, "slots": 4, "decided": 2, "worst": 0, "expected": 0, "best": 0}  # fmt: skip
-    assert report["published"]["GroupRank-32B"] == pytest.approx({"mean": 0.149, "pony": 0.149})
+    assert report["runs"]["GroupRank-32B (published)"] == {"ndcg@10": 0.149, "map": None}
 
 
 def test_options_that_change_the_numbers_are_named_in_the_output(small):
-    qrels = small / "pony" / "qrels" / "test.tsv"
-    arguments = ("--qrels", qrels, "--run", small / "two.run")
-    _, plain, _ = command(*arguments)
-    assert "ties by document id, descending; linear gain; relevant from grade 1; mean over queries in both" in plain
-    _, out, _ = command(*arguments, "--ties", "first-stage", "--gain", "exponential", "--complete",
-                        "--ignore-identical-ids", "--relevance-level", "2")  # fmt: skip
-    for name in ("first-stage order", "exponential", "from grade 2", "--complete", "like their query ignored"):
-        assert name in out
+    arguments = ("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "two.run")
+    assert "relevant from grade 1; mean over queries in both" in command(*arguments)[1]
+    _, out, _ = command(*arguments, "--complete", "--relevance-level", "2")
+    assert "relevant from grade 2; mean over all judged queries (--complete)" in out
 
 
-def test_metrics_may_be_given_with_commas_as_well(small):
-    arguments = ("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run", "--metrics")
-    assert command(*arguments, "p@1,map", "mrr") == command(*arguments, "p@1", "map", "mrr")
+def test_documents_named_like_their_query_are_dropped_on_request(small):
+    qrels, run = write(small / "q", "1 0 a 1\n"), write(small / "r", "1 Q0 1 1 2 t\n1 Q0 a 2 1 t\n")
+    arguments = ("--qrels", qrels, "--run", run, "--metrics", "mrr", "--json")
+    means = [json.loads(command(*arguments, *more)[1])["runs"]["r"]["mrr"]
+             for more in ((), ("--ignore-identical-ids",))]  # fmt: skip
+    assert means == [1 / 2, 1.0]
 
 
 def test_an_optional_package_that_is_absent_is_named_with_its_pip_command(small):
@@ -1015,48 +868,13 @@ def test_an_optional_package_that_is_absent_is_named_with_its_pip_command(small)
     assert done.returncode == 2 and done.stderr.rstrip().endswith("pip install matplotlib")
 
 
-def test_markdown_table(small):
-    _, out, _ = command("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "two.run", "--markdown",
-                        "--metrics", "p@1")  # fmt: skip
-    assert out.splitlines()[:3] == ["| run |    p@1 |", "| --- | -----: |", "| two | 100.00 |"]
-
-
-def test_several_tasks_at_once_are_averaged_over_tasks(small):
-    (small / "pony").rename(small / "aops")
-    write(small / "biology.qrels", "1 0 a 1\n")
-    for task in ("aops", "biology"):
-        write(small / f"r-{task}.run", (small / "one.run").read_text())
-    arguments = ("--qrels", small / "aops" / "qrels" / "test.tsv", small / "biology.qrels",
-                 "--run", small / "r-{task}.run", "--metrics", "p@1")  # fmt: skip
-    _, out, _ = command(*arguments)
-    assert re.search(r"^p@1 +mean +aops +biology$", out, re.M)
-    assert re.search(r"^r-\{task\} +25.00 +50.00 +0.00$", out, re.M)
-    report = json.loads(command(*arguments, "--json")[1])
-    assert report["runs"]["r-{task}"]["p@1"] == 0.25 and set(report["tasks"]) == {"aops", "biology"}
-
-
-def test_per_query_values_add_up_and_are_never_overwritten(small):
-    arguments = ("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run", small / "two.run",
-                 "--per-query", small / "q.tsv", "--metrics", "ndcg@10")  # fmt: skip
-    report = json.loads(command(*arguments, "--json")[1])
-    rows = [line.split("\t") for line in (small / "q.tsv").read_text().splitlines()]
-    assert rows[0] == ["run", "metric", "query-id", "value"]
-    values = [float(value) for run, _, _, value in rows[1:] if run == "one"]
-    assert sum(values) / 2 == pytest.approx(report["runs"]["one"]["ndcg@10"], abs=1e-15)
-    status, _, err = command(*arguments, check=False)
-    assert status == 2 and "q.tsv exists" in err and "--overwrite" in err
-    command(*arguments, "--overwrite")
-
-
 @pytest.mark.parametrize("arguments, message", [
     (("--qrels", "nowhere", "--run", "one.run"), "error: nowhere: No such file or directory"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "nowhere"), "error: nowhere: No such file or directory"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "pony"), "error: pony: Is a directory"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "other.run"), "share no query"),
     (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--metrics", "dcg"), "unknown metric 'dcg'"),
-    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "r2med"), "no task 'pony'"),
-    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--relevance-level", "0"), "at least 1"),
-    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "bright", "--metrics", "p@1"), "NDCG@10"),
+    (("--qrels", "pony/qrels/test.tsv", "--run", "one.run", "--paper", "r2med"), "'pony' is no task of r2med"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_and_status_2(small, monkeypatch, arguments, message):
     monkeypatch.chdir(small)
@@ -1113,12 +931,6 @@ def metrics_file(path):
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def sweep_file(path):
-    rows = [{"docs_per_group": c, "rounds": t, "ndcg@10": 0.3 + 0.01 * c**0.5 + 0.01 * t, "calls": 9, "tokens": 9,
-             "seconds": 1.0} for c in (1, 5, 10, 20) for t in (1, 2, 4)]  # fmt: skip
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 needs_matplotlib = pytest.mark.skipif(
     not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed"
 )
@@ -1133,10 +945,10 @@ def test_files_with_nothing_to_draw_are_named_and_leave_no_picture(tmp_path, tex
 
 
 @needs_matplotlib
-def test_every_kind_of_file_becomes_a_picture(small):
-    command("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run", small / "two.run",
-            "--per-query", small / "pair.tsv")  # fmt: skip
-    for file in (metrics_file(small / "m.jsonl"), sweep_file(small / "s.jsonl"), small / "pair.tsv"):
+def test_training_and_comparisons_become_pictures(small):
+    report = command("--qrels", small / "pony" / "qrels" / "test.tsv", "--run", small / "one.run",
+                     small / "two.run", "--json")[1]  # fmt: skip
+    for file in (metrics_file(small / "m.jsonl"), write(small / "pair.json", report)):
         out = file.with_suffix(".png")
         command("--plot", file, "--out", out)
         assert out.read_bytes().startswith(b"\x89PNG")
@@ -1146,13 +958,6 @@ def test_every_kind_of_file_becomes_a_picture(small):
 def test_a_query_that_exclusion_empties_counts_as_missing():
     run, n = evaluate.remove_documents({"a": {"d": 1.0}, "b": {"d": 1.0}}, {"a": {"d"}})
     assert (run, n) == ({"b": {"d": 1.0}}, 1)
-
-
-@pytest.mark.parametrize("line", ["q1 Q0 my doc 1 3.5", "q1\tQ0\td 1\t1\t0.5", "q1 Q0 d x 1 t"])
-def test_a_line_with_shifted_columns_is_refused(tmp_path, line):
-    (tmp_path / "x.run").write_text(line + "\n")
-    with pytest.raises(ValueError, match="line 1: .*six columns"):
-        evaluate.read_run(tmp_path / "x.run")
 
 
 def test_an_old_exclusion_file_does_not_survive_a_new_collection(tmp_path):

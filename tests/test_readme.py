@@ -1,4 +1,4 @@
-"""The README and the code say the same: names, defaults, commands; equations run when pasted alone."""
+"""The README and the code say the same: names, defaults, commands, departures."""
 
 import ast
 import dataclasses
@@ -7,9 +7,6 @@ import json
 import math
 import re
 import shlex
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,121 +19,136 @@ import synth
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SOURCE = {m.__name__: Path(m.__file__).read_text(encoding="utf-8") for m in (grouprank, evaluate, synth)}
-FIELDS = {f.name: f for f in dataclasses.fields(grouprank.Config)}
+SCRIPTS = {"grouprank": grouprank, "evaluate": evaluate, "synth": synth}
+SOURCE = {name: Path(m.__file__).read_text(encoding="utf-8") for name, m in SCRIPTS.items()}
 
 
 def in_code(pattern):
     """All matches inside `inline code` of the README, tables included."""
-    return {match for code in re.findall(r"`([^`\n]+)`", README) for match in re.findall(pattern, code)}
+    codes = re.findall(r"`([^`\n]+)`", README)
+    return {match for code in codes for match in re.findall(pattern, code)}
 
 
-def parser_of(script):
-    """The argument parser of a script."""
-    return {"grouprank.py": grouprank, "evaluate.py": evaluate, "synth.py": synth}[script].build_parser()
+def of_script(name):
+    """A function's script and own name: `synth.retrieve` is synth's, a bare name grouprank's."""
+    script, _, own = name.rpartition(".")
+    return SCRIPTS[script or "grouprank"], own
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 220 and len(README.encode()) <= 24_000
+    assert max(map(len, lines)) <= 700
+
+
+def test_ones_own_documents_come_within_sixty_lines():
+    start = "\n".join(README.splitlines()[:60])
+    own = start[start.index("## Rerank your own documents") :]
+    for command in ("synth.py --retrieve", "--rerank --model", "--rerank --endpoint",
+                    "evaluate.py --qrels", "GroupRanker.from_pretrained"):  # fmt: skip
+        assert command in own
 
 
 def test_every_function_that_the_readme_names_exists():
-    names = in_code(r"^([\w.]+)\(\)$") | in_code(r"^([A-Z][a-z]+[A-Z]\w+)$") - {"CrossEncoder"}
-    assert len(names) > 20 and {"PromptEncoder", "DecodingCache"} <= names
+    names = in_code(r"^([\w.]+)\(\)$") - {"generate"}  # the library's
+    names |= in_code(r"^([A-Z][a-z]+[A-Z][a-z]\w+)$") - {"AutoModelForCausalLM"}
+    assert len(names) > 20 and {"PromptEncoder", "grpo_step", "synth.fuse_ranks"} <= names
     for name in names:
-        script, _, function = name.rpartition(".")
-        assert callable(getattr({"evaluate": evaluate, "synth": synth, "": grouprank}[script], function))
+        module, own = of_script(name)
+        assert callable(getattr(module, own)), name
 
 
 def test_every_test_that_the_readme_names_exists():
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     names = in_code(r"^(test_\w+)$")
     assert len(names) > 15
-    assert all(f"def {name}(" in sources for name in names)
+    assert not [name for name in names if f"def {name}(" not in sources]
 
 
-def test_every_flag_that_the_readme_names_exists():
-    known = {o for s in ("grouprank.py", "evaluate.py", "synth.py")
-             for a in parser_of(s)._actions for o in a.option_strings}  # fmt: skip
+def test_every_file_that_the_readme_names_exists():
+    files = in_code(r"[\w/]+\.py\b")
+    assert {"tests/bench_grpo.py", "grouprank.py"} <= files
+    for file in files:
+        assert (ROOT / file).exists() or (ROOT / "tests" / file).exists(), file
+
+
+def test_every_option_that_the_readme_names_exists():
+    actions = [a for script in SCRIPTS.values() for a in script.build_parser()._actions]
+    known = {option for action in actions for option in action.option_strings}
     for path in (ROOT / "tests").glob("bench_*.py"):
-        known |= set(re.findall(r'add_argument\("(--[a-z0-9-]+)', path.read_text()))
-    ours = re.sub(r"torchrun .*?grouprank\.py|vllm serve .*", "", README)  # without their options
+        known |= set(re.findall(r'"(--[a-z0-9-]+)"', path.read_text()))
+    ours = re.sub(r"torchrun .*?grouprank\.py|vllm serve .*|torchrun's `--nnodes`", "", README)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours))
     assert len(flags) > 15 and not flags - known
 
 
 def test_every_default_in_the_hyperparameter_table_is_the_codes():
-    table = README[README.index("## Hyperparameters") : README.index("## Departures")]
-    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", table, flags=re.MULTILINE)
-    assert len(rows) > 20
-    for name, value in rows:
-        assert str(FIELDS[name].default) == value, name
+    table = README[README.index("### Hyperparameters") : README.index("## What was not measured")]
+    cells = re.findall(r"\| `([\w.]+)` \| (\S+) \|", table)
+    assert len(cells) > 30
+    for name, value in cells:
+        module, own = of_script(name)
+        assert str(getattr(module.Config(), own)) == value, name
 
 
 def test_every_command_in_the_readme_parses():
     blocks = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
     commands = [c for block in blocks for line in block.splitlines() for c in line.split("&&")]
-    commands = [shlex.split(c, comments=True) for c in commands if re.match(r" *python \S+\.py", c)]
-    assert len(commands) >= 10
-    for _, script, *arguments in commands:
-        if script.startswith("tests/"):
-            assert (ROOT / script).exists()
-        else:
-            parser_of(script).parse_args(arguments)
+    commands = [shlex.split(c, comments=True) for c in commands]
+    commands = [c[c.index(script) :] for c in commands for script in c if script.endswith(".py")]
+    assert len(commands) >= 20
+    for script, *arguments in commands:
+        SCRIPTS[script.removesuffix(".py")].build_parser().parse_args(arguments)
+
+
+def test_the_collection_in_the_readme_is_read(tmp_path):
+    corpus, queries, *qrels = README.partition("A line of each:\n\n```\n")[2].splitlines()[:4]
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text(corpus, encoding="utf-8")
+    (tmp_path / "queries.jsonl").write_text(queries, encoding="utf-8")
+    (tmp_path / "qrels" / "test.tsv").write_text("\n".join(qrels), encoding="utf-8")
+    read = evaluate.read_collection(tmp_path)
+    assert read.corpus.keys() == {"d1"} and read.qrels == {"q1": {"d1": 2}}
+
+
+def test_the_departures_are_numbered_as_in_the_code():
+    def numbers(text):
+        return [int(n) for n in re.findall(r"^ *(\d+)\. ", text, flags=re.MULTILINE)]
+
+    section = README.partition("## Departures from the paper")[2].partition("## ")[0]
+    listed = grouprank.__doc__.partition("Departures from the paper")[2].partition("\n\n")[0]
+    assert numbers(section) == numbers(listed) == list(range(1, len(numbers(section)) + 1))
 
 
 def test_the_row_in_the_readme_is_a_training_row():
     line = next(line for line in README.splitlines() if line.startswith('{"id"'))
-    row = grouprank.check_row(json.loads(line), "README")
+    row = grouprank.read_row(json.loads(line))
     answer = grouprank.parse_answer(row.response, len(row.texts))
     assert (answer.status, tuple(answer.scores)) == ("ok", row.scores)
 
 
 def test_every_config_field_is_read_and_says_where_its_default_comes_from():
     tree = ast.parse(SOURCE["grouprank"])
-    configs = {"cfg", "self"}  # self: Config's own checks and, in Endpoint, self.cfg
-    read = Counter(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
-                   and ast.unparse(n.value).split(".")[-1] in configs)  # fmt: skip
-    for name, f in FIELDS.items():
-        assert read[name] > 0, f"{name} is read nowhere"
-        assert re.match(r"paper|ours|released", f.metadata["source"]), name
-        assert f.metadata["help"] and f.metadata["group"], name
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}  # cfg.name
+    read |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}  # getattr(cfg, "name")
+    for f in dataclasses.fields(grouprank.Config):
+        assert f.name in read, f"{f.name} is read nowhere"
+        assert re.match(r"paper|ours|released", f.metadata["source"]), f.name
+        assert f.metadata["help"] and f.metadata["group"], f.name
 
 
-EQUATIONS = {  # name -> a call and what it must give
-    "score_distribution": ("score_distribution([3, 1])", [0.75, 0.25]),
-    "js_divergence": ("js_divergence([1, 0], [0, 1])", 1.0),
-    "group_reward": ("group_reward(1.0, 0.5, 0.2)", 1.0 + 0.1 + 0.08),
-    "format_reward": ("[format_reward(*f, 1.0) for f in ((1, 1), (1, 0), (0, 0))]", [1.0, -0.1, -0.5]),
-    "relative_advantages": ("relative_advantages([[1, 2, 3]], eps=0.0).tolist()", [[-1, 0, 1]]),
-    "k3_divergence": ("k3_divergence(torch.zeros(1), torch.zeros(1)).item()", 0.0),
-    "clipped_surrogate": (
-        "clipped_surrogate(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]), 0.2).item()",
-        pytest.approx(2.4),
-    ),
-    "even_limit": ("even_limit([10, 100, 100], 90)", 40),
-    "order_candidates": ("order_candidates([0.1, None, 0.9, 0.1])", [2, 1, 0, 3]),
-    "plan_groups": ("[len(g) for g in plan_groups(21, 20, 1, 0, np.random.default_rng(0))[0]]", [11, 10]),
-    "learning_rate": ("learning_rate(0, 10, 1.0, 0.2, 'cosine')", 0.5),
-    "sample_tokens": ("sample_tokens(torch.tensor([[0.0, 1.0]]), None, 0, 1.0).tolist()", [1]),
-    "interpolate": ("interpolate({'a': 1.0}, {'a': 0.5, 'b': 1.0}, 0.25)", {"a": 0.625, "b": 0.75}),
-    "reciprocal_rank_fusion": ("reciprocal_rank_fusion([['a', 'b'], ['b']])", {"a": 1 / 61, "b": 1 / 62 + 1 / 61}),
-    "mean_ranks": ("mean_ranks([5, 9, 5])", [2.5, 1.0, 2.5]),
-    "fuse_ranks": ("fuse_ranks([1, 4], [1, 1], 0.5)", [0.0, pytest.approx(-math.log(2))]),
-    "deal_scores": ("deal_scores([-0.3, -0.1, -0.9], [7, 3, 0])", [3.0, 7.0, 0.0]),
-    "ndcg": ("ndcg([0, 1], [0, 1], 10)", pytest.approx(1 / math.log2(3))),
-    "recall": ("recall([1, 0], [1, 0, 1], 2)", 0.5),
-    "tie_averaged": ("[float(x) for x in tie_averaged([1, 1, 2], [0, 4, 7])]", [7, 2, 2]),
-}
-
-
-@pytest.mark.parametrize("name", EQUATIONS)
-def test_each_equation_function_runs_when_pasted_alone(name):
-    source = next(text for text in SOURCE.values() if f"\ndef {name}(" in text)
-    lines = source.splitlines()
-    node = next(n for n in ast.parse(source).body if getattr(n, "name", None) == name)
-    notebook = {"np": np, "math": math, "torch": torch, "Tensor": torch.Tensor, "Sequence": Sequence,
-                "dataclass": dataclass, "SCORE_MAX": 10}  # fmt: skip
-    exec("from __future__ import annotations\n" + "\n".join(lines[node.lineno - 1 : node.end_lineno]), notebook)
-    call, expected = EQUATIONS[name]
-    result = eval(call, notebook)
-    assert result == (pytest.approx(expected) if isinstance(expected, float) else expected)
+@pytest.mark.parametrize(("call", "expected"), [
+    ("interpolate({'a': 1.0}, {'a': 0.5, 'b': 1.0}, 0.25)", {"a": 0.625, "b": 0.75}),
+    ("mean_ranks([5, 9, 5])", [2.5, 1.0, 2.5]),
+    ("fuse_ranks([1, 4], [1, 1], 0.5)", [0.0, pytest.approx(-math.log(2))]),
+    ("deal_scores([-0.3, -0.1, -0.9], [7, 3, 0])", [3.0, 7.0, 0.0]),
+])  # fmt: skip
+def test_each_equation_of_synth_runs_when_pasted_alone(call, expected):
+    """Those of evaluate.py and grouprank.py: tests/test_evaluate.py, tests/test_method.py."""
+    notebook = {"math": math, "np": np, "torch": torch}
+    function = getattr(synth, call.partition("(")[0])
+    exec("from __future__ import annotations\n" + inspect.getsource(function), notebook)
+    assert eval(call, notebook) == expected
 
 
 def test_no_public_function_lacks_a_docstring():

@@ -1,5 +1,5 @@
 """Reranking (Eq. 1, Sec. 4.5): the three methods, pooling, fusion, retries, interrupted and split
-jobs, sweeps, both back ends, misbehaving servers, real passages."""
+jobs, local models and servers that misbehave, real passages, Python."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+import types
 import urllib.error
 from collections import Counter
 
@@ -21,13 +22,12 @@ from hypothesis import strategies as st
 import evaluate
 import grouprank
 
-# --- Groups, pooling, fusion --------------------------------------------------------------------
+# --- Groups, windows, fusion ----------------------------------------------------------------------
 
 
 @given(st.integers(1, 120), st.integers(1, 25), st.integers(1, 3), st.integers(0, 2**32))
 def test_every_round_holds_every_document_once_in_balanced_groups(n_docs, size, rounds, seed):
-    rng = np.random.default_rng(seed)
-    plan = grouprank.plan_groups(n_docs, size, rounds, 0, rng)
+    plan = grouprank.plan_groups(n_docs, size, rounds, 0, np.random.default_rng(seed))
     assert len(plan) == rounds
     for groups in plan:
         assert sorted(i for group in groups for i in group) == list(range(n_docs))
@@ -43,11 +43,8 @@ def test_overlapping_groups_give_every_document_the_same_number_of_votes():
 
 
 def test_groups_are_random_and_depend_on_the_seed_alone():
-    first, again, other = (
-        grouprank.plan_groups(50, 10, 1, 0, np.random.default_rng(seed)) for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    assert first[0][0] != sorted(first[0][0])
+    first, again, other = (grouprank.plan_groups(50, 10, 1, 0, np.random.default_rng(s)) for s in (1, 1, 2))
+    assert first == again != other and first[0][0] != sorted(first[0][0])
 
 
 @given(st.integers(1, 120), st.integers(1, 25), st.integers(0, 2**32))
@@ -56,7 +53,6 @@ def test_ranked_groups_hold_neighbours_in_random_order(n_docs, size, seed):
     first, second = grouprank.plan_groups(n_docs, size, 2, 0, np.random.default_rng(seed), True)
     assert [i for group in first for i in sorted(group)] == list(range(n_docs))
     assert list(map(sorted, first)) == list(map(sorted, second))
-    assert len(first) == math.ceil(n_docs / size)
     if n_docs == size == 20:
         assert first != second and first[0] != sorted(first[0])
 
@@ -89,13 +85,13 @@ def test_fusion_is_a_weighted_sum_with_min_max_first_stage_scores():
     assert grouprank.fuse_scores([8, 2], [5, 5], 0.25) == pytest.approx([0.75 * 0.8, 0.75 * 0.2])
 
 
-def test_ties_go_by_first_stage_rank():
+def test_ties_go_by_first_stage_rank_and_unscored_documents_keep_their_places():
     assert grouprank.order_candidates([0.5, 0.7, 0.5, 0.7]) == [1, 3, 0, 2]
-
-
-def test_unscored_documents_keep_their_places_and_never_count_as_zero():
     assert grouprank.order_candidates([None, 0.1, None, 0.9]) == [0, 3, 2, 1]
     assert grouprank.order_candidates([None, None, None]) == [0, 1, 2]
+
+
+# --- Asking, reading, asking again ----------------------------------------------------------------
 
 
 def make_answer(scores, method="groupwise"):
@@ -113,6 +109,7 @@ class Scripted:
     """A back end that answers with the number at the end of each document, with planned faults."""
 
     model = "scripted"  # like an endpoint's: a name
+    machine = types.SimpleNamespace(device="cpu")
 
     def __init__(self, faults=()):
         self.faults = list(faults)
@@ -126,8 +123,7 @@ class Scripted:
             method = next(name for name, m in grouprank.METHODS.items() if m.prompt == chat.prompt)
             text = make_answer([int(text.split()[-1]) for text in chat.texts], method)
             fault = self.faults.pop(0) if self.faults else None
-            if fault is not None:
-                text = fault
+            text = text if fault is None else fault
             error = "HTTP 500" if text == "error" else ""
             answers.append(grouprank.Completion("" if error else text, error=error))
         return answers
@@ -155,17 +151,11 @@ def test_scores_are_pooled_over_groups_and_rounds():
     assert counts["calls"] == math.ceil(7 / 3) * 4 == counts["ok"]
 
 
-@pytest.mark.parametrize(
-    ("fault", "counted"),
-    [
-        ("no tags at all", "bad_tags"),
-        ("<reason></reason><answer>{not json}</answer>", "bad_json"),
-        (make_answer([9, 9]), "missing"),
-        (make_answer([9, 9, 9, 9]), "out_of_range"),
-        (make_answer([9, 9, 99]), "bad_score"),
-        ("error", "errors"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "counted"), [
+    ("no tags at all", "bad_tags"), ("<reason></reason><answer>{not json}</answer>", "bad_json"),
+    (make_answer([9, 9]), "missing"), (make_answer([9, 9, 9, 9]), "out_of_range"),
+    (make_answer([9, 9, 99]), "bad_score"), ("error", "errors"),
+])  # fmt: skip
 def test_an_unusable_answer_is_asked_again_with_another_seed(fault, counted):
     backend = Scripted([fault])
     (ranking,), counts = rank(backend, [candidates([1, 9, 5])])
@@ -186,15 +176,35 @@ def test_when_all_tries_fail_the_valid_scores_of_the_tries_stand():
     partial = '<reason></reason><answer>{"[1]": 4}</answer>'
     other = '<reason></reason><answer>{"[1]": 8, "[3]": 6}</answer>'
     backend = Scripted([partial, "nothing", other, "nothing"])
-    query = candidates([0, 0, 0])
-    (ranking,), counts = rank(backend, [query], retries=3)
+    (ranking,), counts = rank(backend, [candidates([0, 0, 0])], retries=3)
     means = [ranking.means[i] for i in ranking.reasons[0][0]]
     assert means == [4, None, 6]  # in the order of the prompt; the earliest score stands
     assert (counts["failed groups"], counts["unscored documents"]) == (1, 1)
     assert sorted(ranking.order) == [0, 1, 2]
 
 
-# --- The three methods --------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["groupwise", "pointwise", "listwise"])
+def test_an_answer_that_was_cut_anywhere_gives_no_score_that_was_not_meant(method):
+    """A 10 cut to 1, or a [12] cut to [1], must not count."""
+    gold = [10] if method == "pointwise" else [10, 3, *range(10), 10]
+    text, readable = make_answer(gold, method), 0
+    best_first = sorted(range(len(gold)), key=lambda i: -gold[i])
+    for cut in range(len(text) + 1):
+        completion = grouprank.Completion(text[:cut], truncated=True)
+        answer = grouprank.count_answer(completion, grouprank.METHODS[method], len(gold), Counter())
+        if not any(answer.scores or ()):
+            continue
+        readable += 1
+        if method != "listwise":
+            assert answer.scores == gold
+            continue
+        n_seen = len(re.findall(r"\[\d+", text[:cut]))
+        read = sorted(range(len(gold)), key=lambda i: -answer.scores[i])  # the rest in the prompt's order
+        assert any(read[:n] == best_first[:n] and read[n:] == sorted(read[n:]) for n in (n_seen, n_seen - 1))
+    assert readable > 0
+
+
+# --- The three methods ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "c", "t", "w", "s"), [(100, 20, 1, 20, 10), (95, 20, 4, 20, 10),
@@ -225,54 +235,37 @@ def test_every_document_comes_out_once_whatever_the_method_and_the_answers(data)
     backend = Scripted(data.draw(st.lists(text, max_size=40)))
     queries = [candidates([5] * data.draw(st.integers(1, 13)), f"q{i}") for i in range(2)]
     method = data.draw(st.sampled_from(sorted(grouprank.METHODS)))
+    grouping = data.draw(st.sampled_from(["random", "rank"]))
     rankings, _ = rank(backend, [*queries, candidates([1], "never fails")], method=method, retries=1,
-                       window=4, step=2, rounds=2, grouping=data.draw(st.sampled_from(["random", "rank"])))  # fmt: skip
+                       window=4, step=2, rounds=2, grouping=grouping)  # fmt: skip
     for query, ranking in zip(queries, rankings, strict=False):
         assert sorted(ranking.order) == list(range(len(query.ids)))
         values = grouprank.carried_scores(ranking)
         assert values == sorted(values, reverse=True)
 
 
-def test_pointwise_asks_for_one_document_with_its_own_prompt():
+def test_pointwise_has_its_own_prompt_and_groups_of_one_keep_the_groupwise_one():
+    """The paper's c = 1 is not its pointwise baseline."""
     backend = Scripted()
     (ranking,), _ = rank(backend, [candidates([1, 10, 5])], method="pointwise", rounds=2)
     assert ranking.order == [1, 2, 0] and ranking.votes == [[1, 1], [10, 10], [5, 5]]
     assert {chat.prompt for chat in backend.batches[0]} == {grouprank.METHODS["pointwise"].prompt}
-    assert sorted(chat.texts for chat in backend.batches[0][:3]) == [("text 0 1",), ("text 1 10",), ("text 2 5",)]
-
-
-def test_one_document_a_group_is_the_papers_c_1_and_keeps_the_groupwise_prompt():
-    backend = Scripted()
+    asked = sorted(chat.texts for chat in backend.batches[0][:3])
+    assert asked == [("text 0 1",), ("text 1 10",), ("text 2 5",)]
     (ranking,), counts = rank(backend, [candidates([1, 10, 5])], docs_per_group=1)
     assert ranking.order == [1, 2, 0] and counts["calls"] == 3
-    assert {chat.prompt for chat in backend.batches[0]} == {grouprank.Prompt()}
-
-
-def slide_by_hand(scores, window, step, passes):
-    """Sort each window where it stands, from the bottom up."""
-    order = list(range(len(scores)))
-    for _ in range(passes):
-        for start, end in windows_of_rank_llm(len(scores), window, step) or [(0, len(scores))]:
-            order[start:end] = sorted(order[start:end], key=lambda i: -scores[i])
-    return order
+    assert {chat.prompt for chat in backend.batches[1]} == {grouprank.Prompt()}
 
 
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 3))
 def test_listwise_equals_sorting_each_window_where_it_stands(scores, step, passes):
-    window = step + 3
+    window, n, order = step + 3, len(scores), list(range(len(scores)))
     (ranking,), _ = rank(Scripted(), [candidates(scores)], method="listwise", window=window,
                          step=step, rounds=passes)  # fmt: skip
-    assert ranking.order == slide_by_hand(scores, window, step, passes)
-    n = len(scores)
+    for start, end in (windows_of_rank_llm(n, window, step) or [(0, n)]) * passes:
+        order[start:end] = sorted(order[start:end], key=lambda i: -scores[i])
+    assert ranking.order == order
     assert [ranking.means[i] for i in ranking.order] == pytest.approx([10 * (n - p) / n for p in range(n)])
-
-
-def test_one_pass_brings_the_best_ten_of_a_hundred_to_the_top():
-    scores = [i % 50 for i in range(100)]  # the best stand in the middle and at the bottom
-    (ranking,), _ = rank(Scripted(), [candidates(scores)], method="listwise")
-    best = sorted(scores, reverse=True)
-    assert [scores[i] for i in ranking.order[:10]] == best[:10]
-    assert [scores[i] for i in ranking.order] != best  # one pass does not sort the whole list
 
 
 def test_windows_of_all_queries_are_asked_together_and_each_waits_for_the_one_below():
@@ -285,25 +278,6 @@ def test_windows_of_all_queries_are_asked_together_and_each_waits_for_the_one_be
     assert backend.batches[0][0].texts[-1] == "text 29 29"  # the list's last document
     assert backend.batches[1][0].texts[-5:] == tuple(f"text {i} {i}" for i in range(29, 24, -1))
     assert [r.order[0] for r in rankings] == [29, 19, 9]
-
-
-@given(st.lists(st.integers(0, 7), max_size=8))
-def test_a_permutation_is_repaired_as_reference_tools_do_and_counted(numbers):
-    """RankGPT and rank_llm: of a repeated number the first counts, unknown ones go, the rest follow."""
-    answer = " > ".join(f"[{number}]" for number in numbers)
-    backend = Scripted([f"<reason>x</reason><answer>{answer}</answer>"])
-    (ranking,), counts = rank(backend, [candidates([0] * 5)], method="listwise", retries=0)
-    order = []
-    for number in [*numbers, 1, 2, 3, 4, 5]:
-        if 1 <= number <= 5 and number - 1 not in order:
-            order.append(number - 1)
-    assert ranking.order == order
-    known = [number for number in numbers if 1 <= number <= 5]
-    counted = ("bad_json" if not known else "out_of_range" if known != numbers
-               else "duplicate" if len(set(known)) < len(known)
-               else "missing" if len(known) < 5 else "ok")  # fmt: skip
-    assert counts[counted] == counts["calls"] == 1
-    assert counts["failed groups"] == (counted == "bad_json")  # asked again, then the window's order
 
 
 def test_a_window_without_a_usable_answer_is_asked_again_and_in_the_end_keeps_its_order():
@@ -323,103 +297,44 @@ def test_a_listwise_place_fuses_with_the_first_stage():
     assert ranking.order == [0, 1]
 
 
-@pytest.mark.parametrize("method", ["groupwise", "pointwise", "listwise"])
-def test_an_answer_that_was_cut_anywhere_gives_no_score_that_was_not_meant(method):
-    """A 10 cut to 1, or a [12] cut to [1], must not count."""
-    gold = [10] if method == "pointwise" else [10, 3, *range(10), 10]
-    text = make_answer(gold, method)
-    order = sorted(range(len(gold)), key=lambda i: -gold[i])
-    readable = 0
-    for cut in range(len(text) + 1):
-        completion = grouprank.Completion(text[:cut], truncated=True)
-        answer = grouprank.count_answer(completion, grouprank.METHODS[method], len(gold), Counter())
-        if answer.scores is not None and method == "listwise":
-            seen = [i for i in order if f"[{i + 1}]" in text[:cut] or text[:cut].endswith(f"[{i + 1}")]
-            read = sorted(range(len(gold)), key=lambda i: -answer.scores[i])
-            assert any(read[:k] == order[:k] and read[k:] == sorted(read[k:]) for k in (len(seen), len(seen) - 1))
-            readable += 1
-        elif answer.scores is not None and any(s is not None for s in answer.scores):
-            assert answer.scores == gold
-            readable += 1
-    assert readable > 0
+# --- What is asked: the prompt, the settings, the candidates --------------------------------------
 
 
-def test_the_prompt_is_the_methods_unless_the_checkpoint_was_trained_for_it(tmp_path, capsys):
+def test_a_checkpoint_brings_its_method_prompt_and_sizes_and_another_wording_warns(tmp_path, capsys):
     prompt = grouprank.Prompt("Rate.", "{query} {documents}")
-    meta = {"prompt": {"system": prompt.system, "user": prompt.user}, "prompt_hash": prompt.hash}
+    meta = {"prompt": {"system": prompt.system, "user": prompt.user}, "prompt_hash": prompt.hash,
+            "docs_per_group": 7, "max_new_tokens": 50}  # fmt: skip
     (tmp_path / "meta.json").write_text(json.dumps(meta))  # of a groupwise checkpoint
-    model = {"model": str(tmp_path)}
-    assert grouprank.rerank_settings(model)[1] == prompt
+    model, warning = {"model": str(tmp_path)}, "another wording can cost points silently"
+    cfg, asked = grouprank.rerank_settings(model | {"max_new_tokens": 60})
+    assert (asked, cfg.docs_per_group, cfg.max_new_tokens) == (prompt, 7, 60)
     assert capsys.readouterr().err == ""
-    asked = grouprank.rerank_settings(model | {"method": "listwise"})[1]
-    assert asked == grouprank.METHODS["listwise"].prompt
-    assert "another wording can cost points silently" in capsys.readouterr().err
+    assert grouprank.rerank_settings(model | {"method": "listwise"})[1] == grouprank.METHODS["listwise"].prompt
+    assert warning in capsys.readouterr().err
+    (tmp_path / "other.txt").write_text("x\n---\n{query}{documents}")
+    asked = grouprank.rerank_settings(model | {"prompt_file": str(tmp_path / "other.txt")})[1]
+    assert asked.system == "x" and warning in capsys.readouterr().err
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"method": "pointwise"}))
     cfg, asked = grouprank.rerank_settings(model)
     assert (cfg.method, asked) == ("pointwise", prompt)
     assert grouprank.rerank_settings(model | {"method": "groupwise"})[1] == grouprank.Prompt()
 
 
-def test_other_methods_are_trained_by_sft_on_rows_of_ones_own():
-    train = ["--train", "--method", "listwise"]
-    with pytest.raises(ValueError, match="--method needs --model: the demo's rows are groupwise"):
-        grouprank.main(train)
-    with pytest.raises(ValueError, match="--method listwise can be trained by --stage sft"):
-        grouprank.main([*train, "--model", "m", "--data", "rows.jsonl"])
-
-
-def test_reading_candidates_honours_exclusions_and_the_cut(tmp_path):
-    evaluate.write_collection(
-        tmp_path, {"a": "A", "b": "B", "c": "C"}, {"q": "Q", "r": "R"},
-        {"q": {"a": 1}}, {"q": {"b"}},
-    )  # fmt: skip
+def test_candidates_honour_exclusions_and_the_cut_and_hold_only_texts_that_the_run_names(tmp_path, monkeypatch):
+    corpus = {"a": "A", "b": "B", "c": "C"} | {f"other {i}": "text" for i in range(9)}
+    evaluate.write_collection(tmp_path, corpus, {"q": "Q", "r": "R"}, {"q": {"a": 1}}, {"q": {"b"}})
     evaluate.write_run(tmp_path / "x.run", {"q": [("b", 3.0), ("c", 2.0), ("a", 1.0)]})
+    held, read = [], evaluate.read_collection
+    monkeypatch.setattr(evaluate, "read_collection", lambda *args, **options: (
+        held.append(read(*args, **options)), held[-1])[1])  # fmt: skip
     cfg = grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run"), top_k=2)
-    queries, _, counts = grouprank.read_candidates(cfg)
+    queries, _, notes = grouprank.read_candidates(cfg)
     assert [(q.qid, q.ids, list(q.texts)) for q in queries] == [("q", ["c", "a"], ["C", "A"])]
-    assert counts["queries without a run"] == 1
+    assert notes["queries without a run"] == 1
+    assert held[0].corpus.keys() == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        ("", r"x\.run: the run is empty"),
-        ('{"q": {}}', r"x\.run: the run is empty"),
-        ("z Q0 a 1 1.0 t", "share no query: the run has 'z', the collection 'q'"),
-        ("q Q0 z 1 1.0 t", r"query 'q' names document 'z', which .*corpus\.jsonl does not have"),
-        ("q Q0 b 1 1.0 t", r"x\.run leaves nothing to rerank: .* excludes each document"),
-    ],
-)
-def test_a_run_without_candidates_is_one_sentence(tmp_path, run, message):
-    evaluate.write_collection(tmp_path, {"a": "A", "b": "B"}, {"q": "Q"}, {"q": {"a": 1}}, {"q": {"b"}})
-    (tmp_path / "x.run").write_text(run)
-    with pytest.raises(ValueError, match=message):
-        grouprank.read_candidates(grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run")))
-
-
-def test_texts_are_read_when_their_batch_of_queries_is_asked(tmp_path, monkeypatch):
-    n_queries = 3 * grouprank.QUERIES_PER_BATCH
-    corpus = {f"d{i}": f"text 3 {i % 10}" for i in range(n_queries)}
-    ids = list(corpus)
-    run = {f"q{i}": [(ids[i], 2.0), (ids[i - 1], 1.0)] for i in range(n_queries)}
-    evaluate.write_collection(tmp_path, corpus, dict.fromkeys(run, "query"), {"q0": {"d0": 1}})
-    evaluate.write_run(tmp_path / "x.run", run)
-    n_read, pread = [0], os.pread
-    monkeypatch.setattr(os, "pread", lambda *args: n_read.append(n_read[-1] + 1) or pread(*args))
-    cfg = grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run"))
-    queries, _, _ = grouprank.read_candidates(cfg)
-    n_read[:] = [0]
-    task = grouprank.describe_task(cfg, grouprank.Prompt(), queries, "")
-    assert len(n_read) == 1  # comparing two jobs reads no text either
-    batches = grouprank.rank_batches(Scripted(), grouprank.Prompt(), queries, cfg)
-    after = [n_read[-1] for _ in batches]  # two documents a query, each read once
-    assert after == [2 * grouprank.QUERIES_PER_BATCH * i for i in (1, 2, 3)]
-    evaluate.write_collection(tmp_path, corpus | {"d0": "other"}, dict.fromkeys(run, "query"), {"q0": {"d0": 1}})
-    changed = grouprank.describe_task(cfg, grouprank.Prompt(), grouprank.read_candidates(cfg)[0], "")
-    assert changed["candidates"] != task["candidates"]
-
-
-# --- Jobs that stop and go on, jobs in parts, sweeps ----------------------------------------------
+# --- Jobs that stop and go on, jobs in parts ------------------------------------------------------
 
 
 @pytest.fixture
@@ -438,13 +353,13 @@ def collection(tmp_path):
 
 @pytest.fixture
 def command(collection, monkeypatch):
-    """Run one command on the collection with a scripted back end; returns that."""
+    """Run --rerank on the collection with a scripted back end; returns that."""
     monkeypatch.setattr(grouprank, "QUERIES_PER_BATCH", 2)
 
-    def run(mode, out, *options, backend=None):
+    def run(out, *options, backend=None):
         backend = backend or Scripted()
         monkeypatch.setattr(grouprank, "load_backend", lambda cfg: backend)
-        grouprank.main([*mode.split(), "--endpoint=http://h/v1", "--model=m", "--docs-per-group=3",
+        grouprank.main(["--rerank", "--endpoint=http://h/v1", "--model=m", "--docs-per-group=3",
                         f"--data={collection / 'beir'}", f"--run={collection / 'first.run'}",
                         f"--out={collection / out}", *options])  # fmt: skip
         return backend
@@ -452,222 +367,165 @@ def command(collection, monkeypatch):
     return run
 
 
-class Dying(Scripted):
-    """A back end whose process is killed in the middle of its third batch, while it writes a line."""
+def sidecar_of(out):
+    """What the file beside a run says."""
+    return json.loads(out.with_name(f"{out.name}.json").read_text())
 
-    def __init__(self, partial):
+
+class Interrupted(Scripted):
+    """A back end that `act`s in the middle of its third batch."""
+
+    def __init__(self, act):
         super().__init__()
-        self.partial = partial
+        self.act = act
 
     def __call__(self, *arguments, **options):
         if len(self.batches) == 2:
-            with open(self.partial, "a") as file:
-                file.write('{"task": {"docs_per')
-            raise KeyboardInterrupt
+            self.act()
         return super().__call__(*arguments, **options)
 
 
-def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(collection, command, capsys):
-    whole = command("--rerank", "whole.run")
-    partial = collection / "o.run.partial"
-    killed = Dying(partial)
+def killed_while_writing(partial):
+    """Half a line, and the end."""
+    with open(partial, "a") as file:
+        file.write('{"task": {"docs_per')
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def killed(collection, command):
+    """The back end of a job that was killed in its third batch: o.run.partial is what it left."""
+    backend = Interrupted(lambda: killed_while_writing(collection / "o.run.partial"))
     with pytest.raises(KeyboardInterrupt):
-        command("--rerank", "o.run", backend=killed)
+        command("o.run", backend=backend)
+    return backend
+
+
+def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(collection, command, killed):
+    whole = command("whole.run")
     assert not (collection / "o.run").exists() and len(killed.seeds) == 2 * 2 * 3
     with pytest.raises(ValueError, match="holds a part of this job: add --resume"):
-        command("--rerank", "o.run")
-    with pytest.raises(ValueError, match="belongs to another job: its rounds is 1, not 2"):
-        command("--rerank", "o.run", "--resume", "--rounds=2")
-    rest = command("--rerank", "o.run", "--resume", "--concurrency=3")
+        command("o.run")
+    rest = command("o.run", "--resume", "--concurrency=3")
     assert killed.seeds + rest.seeds == whole.seeds  # nothing is asked twice
     assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
-    counts = [json.loads((collection / f"{name}.run.json").read_text())["counts"] for name in ("o", "whole")]
+    counts = [sidecar_of(collection / name)["counts"] for name in ("o.run", "whole.run")]
     assert counts[0] == counts[1] and counts[0]["calls"] == 9 * 3
-    assert not partial.exists()
-    assert command("--rerank", "o.run", "--resume").seeds == []
-    assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="o.run belongs to another job: its rounds is 1, not 2"):
-        command("--rerank", "o.run", "--resume", "--rounds=2")
+    assert not (collection / "o.run.partial").exists()
+
+
+@pytest.mark.parametrize(("option", "message"), [("--rounds=2", "its rounds is 1, not 2"),
+                                                 ("--top-k=5", "its top_k is 100, not 5")])  # fmt: skip
+@pytest.mark.usefixtures("killed")
+def test_a_job_with_other_settings_does_not_go_on(collection, command, option, message):
+    with pytest.raises(ValueError, match=f"o.run.partial belongs to another job: {message}"):
+        command("o.run", "--resume", option)
+    command("o.run", "--overwrite", option)
+    assert (collection / "o.run").exists() and not (collection / "o.run.partial").exists()
+
+
+def test_a_job_does_not_go_on_with_other_texts_or_with_a_model_trained_anew_in_its_folder(collection, command):
+    """Lines of two models in one run would be nobody's ranking."""
+    weights = collection / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("of the first training")
+    local = ["--endpoint=", f"--model={weights.parent}"]
+    partial, corpus = collection / "o.run.partial", collection / "beir" / "corpus.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        command("o.run", *local, backend=Interrupted(lambda: killed_while_writing(partial)))
+    before = corpus.read_text()
+    corpus.write_text(before.replace("text of", "another text of"))
+    with pytest.raises(ValueError, match="belongs to another job: its candidates is"):
+        command("o.run", *local, "--resume")
+    corpus.write_text(before)
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 10**9))
+    with pytest.raises(ValueError, match="belongs to another job: its weights is"):
+        command("o.run", *local, "--resume")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_batch_saves_and_says_how_to_go_on(collection, command, capfd, number):
-    class Signalled(Scripted):
-        def __call__(self, *arguments, **options):
-            if len(self.batches) == 1:
-                os.kill(os.getpid(), number)
-            return super().__call__(*arguments, **options)
+def test_a_signal_finishes_the_batch_and_says_how_to_go_on_and_a_second_one_stops_at_once(
+    collection, command, capfd, number
+):
+    def ask():
+        os.kill(os.getpid(), number)
+
+    def ask_twice():
+        ask()
+        ask()
+        pytest.fail("went on")
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
     try:
         with pytest.raises(SystemExit) as stop:
-            command("--rerank", "o.run", backend=Signalled())
+            command("o.run", backend=Interrupted(ask))
+        assert stop.value.code == 128 + number
+        captured = capfd.readouterr()
+        assert "stopped after batch 3; to go on, repeat the command with --resume" in captured.out
+        assert "finishing this step" in captured.err
+        with pytest.raises(KeyboardInterrupt):
+            command("twice.run", backend=Interrupted(ask_twice))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert stop.value.code == 128 + number
-    assert "stopped after batch 2; to go on, repeat the command with --resume" in capfd.readouterr().out
-    command("--rerank", "whole.run")
-    command("--rerank", "o.run", "--resume")
-    assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
-
-
-def test_a_folder_as_out_is_refused_before_anything_is_asked(collection, command):
-    (collection / "folder").mkdir()
-    backend = Scripted()
-    with pytest.raises(ValueError, match="folder is a folder; --rerank writes a run file"):
-        command("--rerank", "folder", backend=backend)
-    assert backend.seeds == []
+    command("whole.run")
+    for out in ("o.run", "twice.run"):
+        command(out, "--resume")
+        assert (collection / out).read_bytes() == (collection / "whole.run").read_bytes()
 
 
 def test_a_second_process_is_refused_in_one_job(collection, command):
-    class Twice(Scripted):
-        def __call__(self, *arguments, **options):
-            for option in ("--resume", "--overwrite"):
-                with pytest.raises(ValueError, match="another process works on .*o.run.partial"):
-                    grouprank.main([*given, option])
-            return super().__call__(*arguments, **options)
+    def twice():
+        for option in ("--resume", "--overwrite"):
+            with pytest.raises(ValueError, match="another process works on .*o.run.partial"):
+                command("o.run", option)
 
-    given = ["--rerank", "--endpoint=http://h/v1", "--model=m", f"--data={collection / 'beir'}",
-             f"--run={collection / 'first.run'}", f"--out={collection / 'o.run'}"]  # fmt: skip
-    command("--rerank", "whole.run")
-    command("--rerank", "o.run", backend=Twice())
+    command("whole.run")
+    command("o.run", backend=Interrupted(twice))
     assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
-    assert not (collection / "o.run.partial").exists()
-
-
-def test_other_candidates_are_another_job(collection, command):
-    with pytest.raises(KeyboardInterrupt):
-        command("--rerank", "o.run", backend=Dying(collection / "o.run.partial"))
-    with pytest.raises(ValueError, match="belongs to another job: its candidates is"):
-        command("--rerank", "o.run", "--resume", "--top-k=5", "--run", str(collection / "first.run"))
-    command("--rerank", "o.run", "--overwrite")
-    assert (collection / "o.run").exists()
 
 
 @pytest.mark.parametrize("method", sorted(grouprank.METHODS))
-def test_parts_of_a_job_merge_to_the_bytes_of_the_whole(collection, command, method):
-    command("--rerank", "whole.run", "--method", method)
-    parts = [command("--rerank", "o.run", f"--shard={i}/4", "--method", method) for i in (1, 2, 3, 4)]
+def test_parts_of_a_job_concatenate_to_the_rankings_of_the_whole(collection, command, method):
+    """`cat o.run.*-of-4 > o.run`: the same lines, the queries in another order."""
+    ties = [make_answer([5] * n, method) for n in (3, 2, 2)] if method == "groupwise" else []
+    command("whole.run", "--method", method, backend=Scripted(ties))  # the first query's scores tie
+    parts = [command("o.run", f"--shard={i}/4", "--method", method, backend=Scripted(ties if i == 1 else []))
+             for i in (1, 2, 3, 4)]  # fmt: skip
     assert [len({seed[1] for seed in part.seeds}) for part in parts] == [3, 2, 2, 2]
-    grouprank.main(["--merge", "--out", str(collection / "o.run")])
-    assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
-    whole, merged = (json.loads((collection / f"{n}.run.json").read_text()) for n in ("whole", "o"))
-    for name in ("counts", "queries", "documents", "task", "prompt_hash"):
-        assert merged[name] == whole[name]
+    joined = "".join(path.read_text() for path in sorted(collection.glob("o.run.*-of-4")))
+    assert sorted(joined.splitlines()) == sorted((collection / "whole.run").read_text().splitlines()) != []
+    (collection / "o.run").write_text(joined)
+    one, other = ({qid: evaluate.sort_run(scores) for qid, scores in evaluate.read_run(collection / name).items()}
+                  for name in ("o.run", "whole.run"))  # fmt: skip
+    assert one == other and len(one) == 9
 
 
-def test_a_merge_misses_no_part(collection, command):
-    merge = ["--merge", "--out", str(collection / "o.run")]
-    with pytest.raises(ValueError, match=r"needs the parts of one split, o.run.1-of-N to .* there are ; missing are o.run.1-of-1"):
-        grouprank.main(merge)
-    for i in (1, 4):
-        command("--rerank", "o.run", f"--shard={i}/4")
-    with pytest.raises(ValueError, match=r"missing are o.run.2-of-4, o.run.3-of-4"):
-        grouprank.main(merge)
-    command("--rerank", "o.run", "--shard=2/4", "--rounds=2")
-    command("--rerank", "o.run", "--shard=3/4")
-    with pytest.raises(ValueError, match="o.run.2-of-4 belongs to another job: its rounds is 2, not 1"):
-        grouprank.main(merge)
-    command("--rerank", "o.run", "--shard=2/4", "--overwrite")
-    lines = (collection / "o.run.3-of-4").read_text().splitlines(keepends=True)
-    (collection / "o.run.3-of-4").write_text("".join(lines[:7]))
-    with pytest.raises(ValueError, match="o.run.3-of-4 holds 1 queries, not the 2 that were written"):
-        grouprank.main(merge)
-    command("--rerank", "o.run", "--shard=1/3")
-    with pytest.raises(ValueError, match=r"there are o.run.1-of-3, o.run.1-of-4, .* missing are none"):
-        grouprank.main(merge)
-    with pytest.raises(ValueError, match="--shard 11/12: there are only 9 queries"):
-        command("--rerank", "o.run", "--shard=11/12")
-    for wrong in ("0/4", "5/4", "x", "1/0", "-1/4"):
-        with pytest.raises(ValueError, match="--shard must be i/n"):
-            grouprank.Config(shard=wrong)
+@pytest.mark.parametrize("wrong", ["0/4", "5/4", "x", "1/0", "-1/4", "1/4/2"])
+def test_a_part_is_one_of_its_split(wrong):
+    with pytest.raises(ValueError, match="--shard must be i/n"):
+        grouprank.Config(shard=wrong)
 
 
-def test_a_sweep_writes_a_line_for_each_combination_and_keeps_finished_ones(collection, command, capsys):
-    path = collection / "sweep.jsonl"
-    sweep = "--sweep docs-per-group=1,7 rounds=1,2"
-    first = command(sweep, "sweep.jsonl")
-    rows = [json.loads(line) for line in path.open()]
-    assert [(r["docs_per_group"], r["rounds"], r["calls"]) for r in rows] == [
-        (1, 1, 9 * 7), (1, 2, 9 * 14), (7, 1, 9), (7, 2, 18)]  # fmt: skip
-    assert all(r["ndcg@10"] == pytest.approx(1.0) and r["queries"] == 9 for r in rows)
-    assert "docs-per-group 7, rounds 2: NDCG@10 1.0000, 2 calls and" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="add --resume"):
-        command(sweep, "sweep.jsonl")
-    with pytest.raises(ValueError, match="--shard splits a --rerank"):
-        command(sweep, "other.jsonl", "--shard=1/2")
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]) + '{"docs')
-    second = command(sweep.replace("1,7", "1,7,3"), "sweep.jsonl", "--resume")
-    assert second.seeds[:18] == first.seeds[-18:] and len(second.seeds) == 18 + 27 + 54
-    again = [json.loads(line) for line in path.open()]
-    assert [line | {"seconds": 0} for line in again[:4]] == [row | {"seconds": 0} for row in rows]
+def test_the_sidecar_holds_what_made_the_run_and_nothing_of_training(collection, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["grouprank.py", "--rerank", "--rounds=2"])
+    command("o.run", "--rounds=2", "--seed=3")
+    said = sidecar_of(collection / "o.run")
+    assert said.keys() == {"task", "prompt", "notes", "queries", "documents", "counts", "seconds",
+                           "command", "versions"}  # fmt: skip
+    assert (said["queries"], said["documents"], said["counts"]["calls"]) == (9, 63, 9 * 3 * 2)
+    assert (said["task"]["rounds"], said["task"]["seed"], said["task"]["model"]) == (2, 3, "m")
+    assert said["task"]["prompt_hash"] == grouprank.Prompt(**said["prompt"]).hash
+    assert said["command"] == ["--rerank", "--rounds=2"]
+    assert not re.findall(r"sft|grpo|lora|_lr|\bkl_|reward|rollout|save_every", json.dumps(said["task"]))
 
 
-def test_a_sweep_measures_the_ranking_that_a_run_would_hold(collection, command):
-    """Tied scores go by first-stage rank, not by document id as in a run with ties."""
-    tied = [make_answer([5] * n) for _ in range(9) for n in (3, 2, 2)]
-    command("--sweep rounds=1", "s.jsonl", backend=Scripted(tied))
-    (row,) = map(json.loads, (collection / "s.jsonl").open())
-    qrels = evaluate.read_qrels(collection / "beir" / "qrels" / "test.tsv")
-    first_stage = evaluate.read_run(collection / "first.run")
-    assert row["ndcg@10"] == pytest.approx(grouprank.mean_ndcg(qrels, first_stage))
-
-
-def test_a_sweep_over_methods_gives_each_its_prompt(collection, command):
-    backend = command("--sweep method=pointwise,listwise,groupwise grouping=rank", "s.jsonl")
-    asked = dict.fromkeys(chat.prompt for chats in backend.batches for chat in chats)
-    assert list(asked) == [grouprank.METHODS[m].prompt for m in ("pointwise", "listwise", "groupwise")]
-    rows = [json.loads(line) for line in (collection / "s.jsonl").open()]
-    assert [(r["method"], r["grouping"], r["calls"]) for r in rows] == [
-        ("pointwise", "rank", 63), ("listwise", "rank", 9), ("groupwise", "rank", 27)]  # fmt: skip
-
-
-def test_a_sweep_is_drawn_with_a_line_for_each_setting(tmp_path):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    rows = [{"method": "groupwise", "docs_per_group": c, "rounds": t, "grouping": g, "seed": s,
-             "ndcg@10": 0.5 + 0.01 * c + 0.1 * s}
-            for c in (5, 10) for t in (1, 2) for g in ("random", "rank") for s in (0, 1)]  # fmt: skip
-    rows.append({"method": "pointwise", "docs_per_group": 20, "rounds": 1, "grouping": "random", "ndcg@10": 0.4})
-    evaluate._plot_sweep(figure, rows)
-    left, right = figure.axes
-    lines = {line.get_label(): np.ravel(line.get_data()) for line in left.get_lines()}
-    labels = {f"groupwise, {grouping}, t = {t}" for grouping in ("random", "rank") for t in (1, 2)}
-    assert lines.keys() == labels | {"pointwise, t = 1"}
-    assert lines["groupwise, rank, t = 2"] == pytest.approx([5, 10, 60.0, 65.0])  # the mean of two seeds
-    assert lines["pointwise, t = 1"] == pytest.approx([0, 1, 40, 40])  # across the axes: it has no c
-    assert [line.get_label() for line in right.get_lines()][-1] == "pointwise"
-    figure.savefig(tmp_path / "x.png")
-    for axis in figure.axes:
-        assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0  # covers no curve
-
-
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        (["model=a,b"], "one of method, grouping"),
-        (["rounds"], "give NAME=V1,V2"),
-        (["rounds=1", "rounds=2"], "once for each NAME"),
-    ],
-)
-def test_a_wrong_sweep_is_one_sentence(items, message):
-    with pytest.raises(ValueError, match=message):
-        grouprank.read_sweep(items)
-
-
-@pytest.mark.parametrize(("item", "option"), [("rounds=1,two", "rounds"), ("method=pairwise", "method")])
-def test_a_value_of_a_sweep_is_one_that_its_option_takes(item, option, capsys):
-    with pytest.raises(SystemExit):
-        grouprank.read_sweep([item])
-    assert f"argument --{option}: invalid" in capsys.readouterr().err
-
-
-# --- A local server that speaks the chat-completions interface -----------------------------------
+# --- A local server that speaks the chat-completions interface ------------------------------------
 
 
 # What a misbehaving server does to a request.
 ANSWERS = ("json", "missing", "out of range", "length")  # an answer comes, with fewer scores
 FAULTS = (*ANSWERS, "500", "429", "429 wait", "408", "close", "half", "short", "html", "no choices",
-          "no message", "not a dict", "hang", "dribble")  # fmt: skip
+          "no message", "not a dict", "hang")  # fmt: skip
 
 
 class GoldServer(LocalServer):
@@ -693,8 +551,7 @@ class GoldServer(LocalServer):
         """The gold labels of the documents in the prompt, in their order."""
         block = body["messages"][-1]["content"]
         block = re.split(r"documents?:\n\n", block)[1].partition("\n\nReply in exactly")[0]
-        found = [self.gold[piece.partition("]")[2]] for piece in ("\n\n" + block).split("\n\n[")[1:]]
-        return found
+        return [self.gold[piece.partition("]")[2]] for piece in ("\n\n" + block).split("\n\n[")[1:]]
 
     def reply(self, handler, body, fault):
         if fault[:3].isdigit():
@@ -703,24 +560,16 @@ class GoldServer(LocalServer):
                 handler.send_header("Retry-After", "0")
             handler.end_headers()
             handler.wfile.write(b'{"error": "[1] 10 [2] 10"}')
-            return
-        if fault == "close":
+        elif fault == "close":
             handler.connection.close()
-            return
-        if fault == "hang":
+        elif fault == "hang":
             time.sleep(0.6)
-            return
-        payload = self.payload(self.scores(body), body, fault)
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(payload)))
-        handler.end_headers()
-        payload = payload[:-9] if fault == "short" else payload
-        if fault == "dribble":
-            for i in range(30):
-                handler.wfile.write(payload[i : i + 1])
-                time.sleep(0.02)
         else:
-            handler.wfile.write(payload)
+            payload = self.payload(self.scores(body), body, fault)
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(payload)))
+            handler.end_headers()
+            handler.wfile.write(payload[:-9] if fault == "short" else payload)
 
     def payload(self, scores, body, fault):
         """The bytes of an answer, damaged as `fault` says."""
@@ -735,10 +584,9 @@ class GoldServer(LocalServer):
             text = text.replace("0</answer>", "11</answer>") if len(scores) == 1 else make_answer([*scores, 3], method)
         if fault == "length":
             text = text[: len(text) - len("0}</answer>")]
-        message = {"message": {"role": "assistant", "content": text},
-                   "finish_reason": "length" if fault == "length" else "stop"}  # fmt: skip
-        data = {"choices": [message], "usage": {"prompt_tokens": 100, "completion_tokens": 50}}
-        data |= {"no choices": {"choices": []}, "no message": {"choices": [{"message": None}]}}.get(fault, {})
+        choice = {"message": {"content": text}, "finish_reason": "length" if fault == "length" else "stop"}
+        choices = {"no choices": [], "no message": [{"message": None}]}.get(fault, [choice])
+        data = {"choices": choices, "usage": {"prompt_tokens": 100, "completion_tokens": 50}}
         payload = json.dumps("sorry" if fault == "not a dict" else data).encode()
         if fault == "html":
             payload = b"<html>[1] 10 [2] 10</html>"
@@ -750,10 +598,9 @@ def novel(real_data, tmp_path_factory):
     """The 21 queries with 20 passages each, as a BEIR folder and a run in the given order."""
     folder = tmp_path_factory.mktemp("novel")
     source = real_data / "novel_eval"
-    queries = dict(line.split("\t", 1) for line in (source / "queries.tsv").read_text().splitlines())
-    corpus = dict(line.split("\t", 1) for line in (source / "corpus.tsv").read_text().splitlines())
-    qrels = evaluate.read_qrels(source / "qrels.txt")
-    evaluate.write_collection(folder, corpus, queries, qrels)
+    queries, corpus = (dict(line.split("\t", 1) for line in (source / name).read_text().splitlines())
+                       for name in ("queries.tsv", "corpus.tsv"))  # fmt: skip
+    evaluate.write_collection(folder, corpus, queries, evaluate.read_qrels(source / "qrels.txt"))
     run = {}
     for entry in json.loads((source / "data.json").read_text()):
         hits = entry["hits"]
@@ -770,10 +617,6 @@ def measured(folder, run):
     return [round(100 * float(np.mean(list(values[m].values()))), 2) for m in metrics]
 
 
-def test_the_given_order_of_the_real_passages_scores_as_published(novel):
-    assert measured(novel, novel / "first.run") == [64.29, 58.24, 65.03]
-
-
 def test_a_model_that_never_answers_returns_the_first_stage_order(novel, tmp_path):
     texts = list(evaluate.read_collection(novel).corpus.values())
     save_tiny_model(tmp_path / "model", texts=texts, vocab_size=2000, context=8192)
@@ -783,94 +626,91 @@ def test_a_model_that_never_answers_returns_the_first_stage_order(novel, tmp_pat
          str(novel / "first.run"), "--out", str(out), "--max-new-tokens", "8", "--retries", "1",
          "--max-doc-tokens", "100", "--device", "cpu"]
     )  # fmt: skip
-    assert measured(novel, out) == [64.29, 58.24, 65.03]
-    before, after = evaluate.read_run(novel / "first.run"), evaluate.read_run(out)
-    assert {q: evaluate.sort_run(s) for q, s in after.items()} == {
-        q: evaluate.sort_run(s) for q, s in before.items()
-    }
-    counts = json.loads((tmp_path / "out.run.json").read_text())["counts"]
+    assert measured(novel, out) == measured(novel, novel / "first.run") == [64.29, 58.24, 65.03]  # published
+    before, after = ({q: evaluate.sort_run(scores) for q, scores in evaluate.read_run(run).items()}
+                     for run in (novel / "first.run", out))  # fmt: skip
+    assert after == before
+    counts = sidecar_of(out)["counts"]
     assert counts["calls"] == counts["bad_tags"] == counts["truncated"] == 42
     assert (counts["failed groups"], counts["unscored documents"]) == (21, 420)
 
 
 def rerank_with_server(novel, out, monkeypatch, faulty, **options):
     """Rerank through a server that knows the labels; returns the server and the sidecar."""
-    collection = evaluate.read_collection(novel)
-    gold = {}
-    for qid, judged in collection.qrels.items():
+    collection, gold = evaluate.read_collection(novel), {}
+    for judged in collection.qrels.values():
         gold |= {grouprank.defuse(collection.corpus[d]): int(s) for d, s in judged.items()}
-        assert qid in collection.queries
-    monkeypatch.setattr(grouprank.Endpoint.__init__, "__kwdefaults__", {"tries": 6, "backoff_s": 0.01})
+    monkeypatch.setattr(grouprank.Endpoint.__init__, "__defaults__", (6, 0.01))
     with GoldServer(gold, faulty) as server:
         arguments = ["--rerank", "--endpoint", server.url, "--model", "gold", "--data", str(novel),
                      "--run", str(novel / "first.run"), "--out", str(out)]  # fmt: skip
         grouprank.main([*arguments, *(f"--{k}={v}" for k, v in options.items())])
-    return server, json.loads(out.with_name(out.name + ".json").read_text())
+    return server, sidecar_of(out)
 
 
 def test_a_server_that_answers_with_the_labels_scores_100(novel, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    server, sidecar = rerank_with_server(novel, tmp_path / "o.run", monkeypatch, faulty=False)
-    assert measured(novel, tmp_path / "o.run") == [100.0, 100.0, 100.0]
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key\n")  # as a file gives it
+    out = tmp_path / "o.run"
+    server, sidecar = rerank_with_server(novel, out, monkeypatch, faulty=False)
+    assert measured(novel, out) == [100.0, 100.0, 100.0]
     assert sidecar["counts"]["ok"] == sidecar["counts"]["calls"] == len(server.requests) == 21
     assert sidecar["counts"]["prompt tokens"] == 2100
     path, body, key = server.requests[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret-key")
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.3, 0.8, 8000)
-    assert "secret-key" not in (tmp_path / "o.run.json").read_text()
+    rows = [line.split() for line in out.read_text().splitlines()]
+    for qid in {row[0] for row in rows}:  # trec_eval keeps float32 and breaks ties by document id
+        scores = np.array([row[4] for row in rows if row[0] == qid], dtype=np.float32)
+        assert (np.diff(scores) < 0).all()
 
 
-def test_retries_bring_a_failing_server_back_to_100(novel, tmp_path, monkeypatch):
-    """Every third request fails, in each way in turn, sixteen requests at a time."""
-    _, sidecar = rerank_with_server(
-        novel, tmp_path / "o.run", monkeypatch, faulty=True, rounds=3,
-        **{"docs-per-group": 10, "timeout-s": 0.3},
-    )  # fmt: skip
-    assert measured(novel, tmp_path / "o.run") == [100.0, 100.0, 100.0]
+@pytest.mark.parametrize(("options", "n_calls"), [
+    ({"rounds": 3, "docs-per-group": 10}, 21 * 2 * 3), ({"method": "pointwise", "top-k": 12}, 21 * 12),
+    ({"method": "listwise", "window": 10, "step": 5}, 21 * 3)])  # fmt: skip
+def test_a_server_that_fails_at_every_third_request_costs_retries_and_no_score(
+    novel, tmp_path, monkeypatch, options, n_calls
+):
+    """In each way in turn, sixteen requests at a time."""
+    options, out = {"timeout-s": 0.3, **options}, tmp_path / "o.run"
+    rerank_with_server(novel, tmp_path / "healthy.run", monkeypatch, faulty=False, **options)
+    _, sidecar = rerank_with_server(novel, out, monkeypatch, faulty=True, **options)
     counts = sidecar["counts"]
     assert counts["failed groups"] == counts["unscored documents"] == 0
-    for fault in ("bad_json", "missing", "out_of_range", "truncated"):
-        assert counts[fault] > 0
+    assert counts["calls"] - counts.get("retried", 0) == n_calls
+    if options.get("method") == "listwise":  # what an answer leaves out goes to the window's end
+        assert counts["missing"] > 0 and counts["out_of_range"] > 0 and measured(novel, out)[2] > 95
+    else:
+        assert out.read_bytes() == (tmp_path / "healthy.run").read_bytes()
+        assert counts["retried"] > 0 and counts["truncated"] > 0
 
 
-def test_pointwise_through_a_failing_server_ends_with_the_bytes_of_a_healthy_one(novel, tmp_path, monkeypatch):
-    settings = {"method": "pointwise", "top-k": 12, "timeout-s": 0.3}
-    rerank_with_server(novel, tmp_path / "healthy.run", monkeypatch, faulty=False, **settings)
-    _, sidecar = rerank_with_server(novel, tmp_path / "o.run", monkeypatch, faulty=True, **settings)
-    assert (tmp_path / "o.run").read_bytes() == (tmp_path / "healthy.run").read_bytes()
-    counts = sidecar["counts"]
-    assert counts["failed groups"] == counts["unscored documents"] == 0
-    assert counts["calls"] - counts["retried"] == 21 * 12
+def asked(endpoint, queries, **changes):
+    """Rank with an endpoint; returns the rankings and the counts."""
+    cfg, counts = grouprank.Config(**changes), Counter()
+    return grouprank.rank_queries(endpoint, grouprank.Prompt(), queries, cfg, counts), counts
 
 
-def test_listwise_through_a_failing_server_repairs_or_asks_again(novel, tmp_path, monkeypatch):
-    _, sidecar = rerank_with_server(novel, tmp_path / "o.run", monkeypatch, faulty=True,
-                                    method="listwise", window=10, step=5, **{"timeout-s": 0.3})  # fmt: skip
-    counts = sidecar["counts"]
-    assert counts["failed groups"] == counts["unscored documents"] == 0
-    assert counts["calls"] - counts.get("retried", 0) == 21 * 3
-    assert counts["missing"] > 0 and counts["out_of_range"] > 0
-    assert measured(novel, tmp_path / "o.run")[2] > 95  # a missing document goes to the window's end
+def gold_of(queries):
+    """The score at the end of each document, by its text."""
+    return {text: int(text.split()[-1]) for query in queries for text in query.texts}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_always_misbehaves_ends_in_counts_and_never_in_a_wrong_score(fault):
     """Ten queries at once: a document has the score that the server meant for it, or none."""
     queries = [candidates([10, 3, 7], f"q{i}") for i in range(10)]
-    gold = {text: int(text.split()[-1]) for query in queries for text in query.texts}
-    cfg = grouprank.Config(retries=1, timeout_s=0.15, concurrency=10)
-    with GoldServer(gold, always=fault) as server:
+    cfg = grouprank.Config(timeout_s=0.15, concurrency=10)
+    with GoldServer(gold_of(queries), always=fault) as server:
         endpoint = grouprank.Endpoint(server.url, "x", cfg, tries=2, backoff_s=0.001)
         if fault not in ANSWERS:
-            with pytest.raises(ValueError, match="none of 20 calls was answered; the first error: "):
-                grouprank.rank_queries(endpoint, grouprank.Prompt(), queries, cfg, Counter())
+            with pytest.raises(ValueError, match=r"none of 20 calls was answered; the first error: .* \(2 tries\)"):
+                asked(endpoint, queries, retries=1)
             assert len(server.requests) == 10 * 2 * 2  # bounded: tries, and one more try of the group
             return
-        counts = Counter()
-        rankings = grouprank.rank_queries(endpoint, grouprank.Prompt(), queries, cfg, counts)
+        rankings, counts = asked(endpoint, queries, retries=1)
     assert counts["failed groups"] == 10 and counts["errors"] == 0 and counts["calls"] == 20
     for query, ranking in zip(queries, rankings, strict=True):
-        right = [{gold[text]} for text in query.texts]
+        right = [{gold_of(queries)[text]} for text in query.texts]
         assert all(set(votes) <= score for votes, score in zip(ranking.votes, right, strict=True))
     if fault in ("json", "length"):
         assert all(ranking.order == [0, 1, 2] for ranking in rankings)
@@ -885,46 +725,60 @@ def test_a_request_that_the_server_refuses_is_not_sent_again():
 
     queries = [candidates([1, 9, 5], "q"), candidates([0], "r")]
     queries[1].texts[0] = "too long 0"
-    gold = {text: int(text.split()[-1]) for query in queries for text in query.texts}
-    counts, cfg = Counter(), grouprank.Config()
-    with Refusing(gold) as server:
-        endpoint = grouprank.Endpoint(server.url, "x", cfg, backoff_s=0.001)
-        rankings = grouprank.rank_queries(endpoint, grouprank.Prompt(), queries, cfg, counts)
+    with Refusing(gold_of(queries)) as server:
+        endpoint = grouprank.Endpoint(server.url, "x", grouprank.Config(), backoff_s=0.001)
+        rankings, counts = asked(endpoint, queries)
     assert rankings[0].order == [1, 2, 0] and len(server.requests) == 2
     assert (counts["errors"], counts["failed groups"], counts["retried"]) == (1, 1, 0)
-    assert any(key.startswith("error: HTTP 400: ") for key in counts)
+    assert counts["error: HTTP 400"] == 1
 
 
-def test_requests_are_spread_over_servers_and_a_dead_one_is_set_aside():
-    """Server b is down at first: no answer is lost, and b is not asked again at each request."""
+@pytest.mark.parametrize(("code", "retry_after", "expected"), [
+    (500, None, [(0.5, 1.5), (1, 3), (2, 6), (4, 12), (8, 24)]),
+    (429, "7", [(7, 7)] * 5), (503, "9999", [(60, 60)] * 5),
+])  # fmt: skip
+def test_pauses_double_unless_the_server_says_how_long_it_needs(code, retry_after, expected):
+    endpoint, pauses = grouprank.Endpoint("http://h/v1", "x", grouprank.Config()), []
+
+    def fail(url, body):
+        headers = {"Retry-After": retry_after} if retry_after else {}
+        raise urllib.error.HTTPError(url, code, "no", headers, io.BytesIO(b"overloaded"))
+
+    endpoint.post = fail
+    answer = endpoint.ask({"seed": 1}, types.SimpleNamespace(wait=lambda s: pauses.append(s)))
+    assert answer.error == f"HTTP {code} (6 tries)" and not answer.hopeless
+    assert all(low <= pause <= high for pause, (low, high) in zip(pauses, expected, strict=True))
+
+
+def test_requests_go_to_the_server_with_the_fewest_in_flight():
+    endpoint = grouprank.Endpoint("http://a/v1 http://b/v1", "x", grouprank.Config(concurrency=6))
+    urls, all_there = [], threading.Barrier(6)
+
+    def post(url, body):
+        urls.append(url)
+        all_there.wait(timeout=10)
+        return json.dumps({"choices": [{"message": {"content": "x"}}]})
+
+    endpoint.post = post
+    endpoint.ask_all([{"seed": i} for i in range(6)])
+    assert Counter(urls) == {"http://a/v1/chat/completions": 3, "http://b/v1/chat/completions": 3}
+    assert set(endpoint.in_flight.values()) == {0}
+
+
+def test_a_server_that_fails_rests_while_another_is_ready_and_no_answer_is_lost():
     queries = [candidates([i % 11, 9, 5], f"q{i}") for i in range(60)]
-    gold = {text: int(text.split()[-1]) for query in queries for text in query.texts}
     cfg = grouprank.Config(concurrency=8, timeout_s=5.0)
-    with GoldServer(gold) as a, GoldServer(gold, always="500") as b:
-        urls = f"{a.url}, http://127.0.0.1:9/v1 {b.url}"
-        endpoint = grouprank.Endpoint(urls, "x", cfg, backoff_s=0.05)
-        first, second = (Counter(), Counter())
-        rankings = grouprank.rank_queries(endpoint, grouprank.Prompt(), queries, cfg, first)
-        asked_while_dead = len(b.requests)
+    with GoldServer(gold_of(queries)) as a, GoldServer(gold_of(queries), always="500") as b:
+        endpoint = grouprank.Endpoint(f"{b.url}, http://127.0.0.1:9/v1 {a.url}", "x", cfg, backoff_s=0.05)
+        rankings, first = asked(endpoint, queries)
+        n_while_failing = len(b.requests)
         b.always = ""
-        time.sleep(max(0.0, max(s.rests_until for s in endpoint.servers) - time.monotonic()))
-        again = grouprank.rank_queries(endpoint, grouprank.Prompt(), queries, cfg, second)
-        alone = grouprank.Endpoint(a.url, "x", cfg)
-        expected = grouprank.rank_queries(alone, grouprank.Prompt(), queries, cfg, Counter())
+        endpoint.rests_until[b.url] = 0.0  # its rest is over
+        again, second = asked(endpoint, queries)
+        expected, _ = asked(grouprank.Endpoint(a.url, "x", cfg), queries)
     assert rankings == again == expected  # which server answers changes nothing
     assert first == second and first["ok"] == first["calls"] == 60 and first["errors"] == 0
-    assert asked_while_dead < 20 and len(b.requests) - asked_while_dead > 15  # back at its share
-    assert all(server.in_flight == 0 for server in endpoint.servers)
-
-
-def test_idle_servers_are_asked_in_turn_and_busy_ones_are_spared():
-    endpoint = grouprank.Endpoint("http://a/v1,http://b/v1", "x", grouprank.Config())
-    a, b = endpoint.servers
-    assert [endpoint.take() for _ in range(4)] == [a, b, a, b]
-    endpoint.give_back(b, 0.0)
-    assert endpoint.take() is b
-    endpoint.give_back(b, 0.5)  # b fails: the next ones go to a, however busy
-    assert [endpoint.take() for _ in range(3)] == [a, a, a] and a.in_flight == 5
+    assert 1 <= n_while_failing <= 8 < len(b.requests)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
@@ -932,52 +786,24 @@ def test_idle_servers_are_asked_in_turn_and_busy_ones_are_spared():
                     | st.dictionaries(st.sampled_from(["choices", "message", "content", "usage",
                                                        "prompt_tokens", "finish_reason"]), inner)))
 def test_no_json_of_a_server_can_stop_a_run(value):
-    endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config())
+    endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(), tries=1)
     endpoint.opener.open = lambda *_, **__: io.BytesIO(json.dumps(value).encode())
-    completion, _ = endpoint.try_once("http://h/v1/chat/completions", {})
+    completion = endpoint.ask({"seed": 1}, threading.Event())
     assert isinstance(completion.text, str) and isinstance(completion.truncated, bool)
 
 
-def test_written_runs_decrease_strictly_for_every_evaluator(novel, tmp_path, monkeypatch):
-    """trec_eval keeps scores as float32 and breaks ties by document id."""
-    rerank_with_server(novel, tmp_path / "o.run", monkeypatch, faulty=False)
-    rows = [line.split() for line in (tmp_path / "o.run").read_text().splitlines()]
-    for qid in {row[0] for row in rows}:
-        scores = np.array([row[4] for row in rows if row[0] == qid], dtype=np.float32)
-        assert (np.diff(scores) < 0).all()
-
-
 def test_a_wrong_key_or_model_name_stops_at_once_with_the_servers_words():
-    class Refusing(LocalServer):
-        def post(self, handler, body):
-            handler.send(404, b"no such model")
-
-    chat = grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,))
-    with Refusing() as server:
-        endpoint = grouprank.Endpoint(server.url, "x", grouprank.Config(), backoff_s=0.01)
-        with pytest.raises(ValueError, match="HTTP 404: no such model"):
-            endpoint([chat], 0.3, 0.8)
+    with GoldServer({}, always="404") as server:
+        endpoint = grouprank.Endpoint(server.url, "x", grouprank.Config(), backoff_s=30.0)
+        with pytest.raises(ValueError, match=f"{server.url} answered HTTP 404: .*error"):
+            asked(endpoint, [candidates([1, 9, 5], f"q{i}") for i in range(4)])
 
 
-def test_a_dead_server_stops_the_run_with_its_words_instead_of_a_ranking():
-    cfg = grouprank.Config(docs_per_group=3, retries=1)
-    endpoint = grouprank.Endpoint("http://127.0.0.1:9/v1", "x", cfg, tries=2, backoff_s=0.001)
-    with pytest.raises(ValueError, match="none of 2 calls was answered; the first error: .*refused"):
-        grouprank.rank_queries(
-            endpoint, grouprank.Prompt(), [candidates([1, 9, 5])], cfg, Counter()
-        )
-
-
-def test_the_key_is_not_repeated_when_a_server_repeats_it(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    endpoint = grouprank.Endpoint("http://127.0.0.1:9/v1", "x", grouprank.Config(), tries=1)
-
-    def refuse(url, body):
-        raise urllib.error.HTTPError(url, 401, "no", {}, io.BytesIO(b"bad sk-secret"))
-
-    monkeypatch.setattr(endpoint, "post", refuse)
-    with pytest.raises(ValueError, match=r"HTTP 401: bad \*\*\*"):
-        endpoint([grouprank.Chat(grouprank.Prompt(), "q", ("d",), (0,))], 0.3, 0.8)
+def test_a_dead_server_stops_the_run_instead_of_a_ranking_and_the_screen_says_why(capsys):
+    endpoint = grouprank.Endpoint("http://127.0.0.1:9/v1", "x", grouprank.Config(), tries=2, backoff_s=0.001)
+    with pytest.raises(ValueError, match=r"none of 2 calls was answered; the first error: URLError \(2 tries\)"):
+        asked(endpoint, [candidates([1, 9, 5])], retries=1)
+    assert re.search("note: http://127.0.0.1:9/v1 answered URLError: .*refused", capsys.readouterr().err)
 
 
 def test_documents_for_a_server_are_cut_too():
@@ -987,28 +813,24 @@ def test_documents_for_a_server_are_cut_too():
     assert body["messages"][-1]["content"].count("word ") == 4  # four characters for a token
 
 
-# --- Python -------------------------------------------------------------------------------------
+# --- Python ---------------------------------------------------------------------------------------
 
 
 def test_rank_returns_what_cross_encoders_return():
     ranker = grouprank.GroupRanker(Scripted(), grouprank.Prompt(), grouprank.Config())
     rows = ranker.rank("query", ["a 1", "b 9", "c 5"], top_k=2, return_documents=True)
-    assert rows == [
-        {"corpus_id": 1, "score": 9.0, "text": "b 9"},
-        {"corpus_id": 2, "score": 5.0, "text": "c 5"},
-    ]
+    assert rows == [{"corpus_id": 1, "score": 9.0, "text": "b 9"}, {"corpus_id": 2, "score": 5.0, "text": "c 5"}]
     assert ranker.rank("query", []) == []
 
 
-def test_a_checkpoint_brings_its_prompt_and_sizes_and_a_wrong_prompt_warns(tmp_path, capsys):
-    prompt = grouprank.Prompt("Rank.", "{query} {documents}")
-    meta = {"prompt": {"system": prompt.system, "user": prompt.user}, "prompt_hash": prompt.hash,
-            "docs_per_group": 7, "max_new_tokens": 50}  # fmt: skip
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    cfg, found = grouprank.rerank_settings({"model": str(tmp_path), "max_new_tokens": 60})
-    assert (found, cfg.docs_per_group, cfg.max_new_tokens) == (prompt, 7, 60)
-    (tmp_path / "other.txt").write_text("x\n---\n{query}{documents}")
-    grouprank.rerank_settings({"model": str(tmp_path), "prompt_file": str(tmp_path / "other.txt")})
-    assert "another wording can cost points silently" in capsys.readouterr().err
-    with pytest.raises(TypeError, match="docs_per_grup"):
-        grouprank.rerank_settings({"docs_per_grup": 3})
+def test_a_document_that_was_not_scored_keeps_its_place_with_the_score_of_the_one_before_it():
+    class Partial(Scripted):
+        def __call__(self, chats, *_):
+            number = chats[0].texts.index("b")  # the second of the list gets no score
+            scores = {f"[{i}]": 10 - i for i in (1, 2, 3) if i != number + 1}
+            return [grouprank.Completion(f"<reason></reason><answer>{json.dumps(scores)}</answer>")]
+
+    cfg = grouprank.Config(retries=0)
+    first, second, third = grouprank.GroupRanker(Partial(), grouprank.Prompt(), cfg).rank("query", ["a", "b", "c"])
+    assert second == {"corpus_id": 1, "score": first["score"]}
+    assert first["score"] > third["score"] and {first["corpus_id"], third["corpus_id"]} == {0, 2}
