@@ -283,18 +283,39 @@ the same topic comes second.
 {UNTRUSTED}"""
 
 # Their user texts are the groupwise one in other words.
-POINTWISE_USER = (
-    USER_TEXT.replace("The {n} documents:", "The document:")
-    .replace("an integer", "one integer").replace(" for every document from [1] to [{n}]", "")
-    .replace("compare the documents: what does each", "what does the document")
-    .replace('{"[1]": 0, "[2]": 0, ...}', "0")
-    .replace("the zeros stand for your scores", "the zero stands for your score"))
+POINTWISE_USER = """\
+Query:
+{query}
 
-LISTWISE_USER = (
-    USER_TEXT.replace("an integer from 0 to 10 for every document from [1] to [{n}]",
-                      "every number from [1] to [{n}] once, the most helpful first")
-    .replace('{"[1]": 0, "[2]": 0, ...}', "[2] > [1] > ...")
-    .replace("the zeros stand for your scores", "the numbers stand for your order"))
+The document:
+
+{documents}
+
+Reply in exactly this form, with one integer from 0 to 10:
+<reason>
+what does the document contribute to answering the query?
+</reason>
+<answer>
+0
+</answer>
+where the zero stands for your score."""
+
+LISTWISE_USER = """\
+Query:
+{query}
+
+The {n} documents:
+
+{documents}
+
+Reply in exactly this form, with every number from [1] to [{n}] once, the most helpful first:
+<reason>
+compare the documents: what does each contribute to answering the query?
+</reason>
+<answer>
+[2] > [1] > ...
+</answer>
+where the numbers stand for your order."""
 
 
 @dataclass(frozen=True)
@@ -1085,8 +1106,8 @@ def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequ
                    top_p: float = 1.0) -> list[list[list[int]]]:
     """Decode len(seeds[b]) answers to each prompt b, as many for every prompt; (B, G) lists of ids.
 
-    Each answer draws from its own random stream, so it does not depend on the others, which are
-    dropped as they end. One that ended holds its end token; one that was cut does not.
+    Each answer draws from its own random stream, so it does not depend on the others. Once half of
+    them have ended, these are dropped. An answer that ended holds its end token; a cut one does not.
     """
     assert not model.training, "decode in eval(): gradient checkpointing and dropout are off there"
     decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
@@ -1167,9 +1188,10 @@ def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], 
              max_tokens_per_pass: int) -> Step:
     """One step of the cold start, Eq. 3: descend the mean of -log p over all response tokens.
 
-    share(costs) deals out this process's part of the batch. The denominator is the token count of
-    the whole batch, so that the split into passes, their order and their padding cannot change the
-    gradient.
+    optimizer.backward(loss) adds gradients; optimizer.step(lr) adds up those of all processes,
+    clips, moves, clears, and returns (gradient norm, whether the weights moved). share(costs) deals
+    out this process's part of the batch. The denominator is the token count of the whole batch, so
+    that the split into passes, their order and their padding cannot change the gradient.
     """
     n_tokens = sum(len(item.response) for item in items)
     mine = [items[i] for i in share([len(i.prompt) + len(i.response) for i in items])]
@@ -1194,8 +1216,9 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
     """One step of GRPO, Eq. 7: sample, reward, compare within each prompt, move.
 
     answer(prompts, seeds) samples G answers to each prompt at temperature 1, none where it could
-    not; reward(ids, gold) is Eq. 4-6; reference(blocks) gives log-probabilities for the KL term, or
-    is None; share(costs) deals out this process's part of the batch.
+    not; seeds (B, G) name their random streams. reward(ids, gold) is Eq. 4-6. reference(blocks)
+    gives (N,) log-probabilities under the SFT model for the KL term, or is None. optimizer and
+    share are those of sft_step; end_ids tell which answers were cut, for the log.
     """
     # Sample G answers to each of B prompts: y_i ~ policy(. | x).
     answers = answer([item.prompt for item in items], seeds)  # (B, G)
@@ -1214,7 +1237,8 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
     policy.model.train()  # gradient checkpointing works in this mode alone
     sums: Counter = Counter()
     for _ in range(cfg.updates_per_batch):
-        sums = Counter(loss=0.0, told=sums["told"], mismatch=sums["mismatch"])  # of the first
+        # What a server's log-probabilities differ by is told by the first update alone.
+        sums = Counter(loss=0.0, told=sums["told"], mismatch=sums["mismatch"])
         for part in passes:
             sums.update(grpo_pass(policy, reference, optimizer, part, cfg))
         grad_norm, moved = optimizer.step(lr)
@@ -1283,7 +1307,7 @@ def grpo_pass(policy: Policy, reference, optimizer, part: Pass, cfg: Config) -> 
             sums["kl"] = k3_divergence(logp, part.ref_logp).sum().item()
         ratio, rising = torch.exp(logp - part.old_logp), part.advantages > 0
         acts = torch.where(rising, ratio > 1 + cfg.clip_eps, ratio < 1 - cfg.clip_eps)
-        acts &= part.advantages != 0  # where the clip acts, a token has no gradient
+        acts &= part.advantages != 0  # where the clip acts, the surrogate has no gradient
         return sums | {"loss": loss.item(), "clip_share": acts.sum().item()}
 
 
