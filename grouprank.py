@@ -1107,7 +1107,7 @@ def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequ
     """Decode len(seeds[b]) answers to each prompt b, as many for every prompt; (B, G) lists of ids.
 
     Each answer draws from its own random stream, so it does not depend on the others. Once half of
-    them have ended, these are dropped. An answer that ended holds its end token; a cut one does not.
+    them have ended, they are dropped. An answer that ended holds its end token; a cut one does not.
     """
     assert not model.training, "decode in eval(): gradient checkpointing and dropout are off there"
     decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device

@@ -421,12 +421,13 @@ class NearDuplicates:
 
     def has(self, text: str) -> bool:
         """Whether a text was added that is nearly this one."""
-        grams = shingles(text)
-        # It shares at least threshold * n of our n shingles: so one of any n - threshold * n + 1.
-        n_looked_up = len(grams) - int(self.threshold * len(grams)) + 1
-        rarest = sorted(grams, key=lambda gram: len(self.index.get(gram, ())))[:n_looked_up]
-        return any(len(grams & other) / len(grams | other) >= self.threshold
-                   for gram in rarest for other in self.index.get(gram, ()))
+        ours = shingles(text)
+        lists = sorted((self.index.get(gram, []) for gram in ours), key=len)
+        # A near text has n of ours, so n - n // 2 if the n // 2 most frequent are not looked up.
+        n = int(self.threshold * len(ours))
+        shared = Counter(itertools.chain.from_iterable(lists[: len(ours) - n // 2]))
+        return any(len(ours & other) / len(ours | other) >= self.threshold
+                   for other, n_found in shared.items() if n_found >= n - n // 2)
 
 
 def filter_queries(work: Work) -> None:
