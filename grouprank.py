@@ -466,7 +466,7 @@ class PromptEncoder:
             raise ValueError(
                 f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
                 f" documents: instructions and query take {n_fixed};"
-                " shorten the query, use fewer documents per group, or a longer context")
+                " raise it, shorten the query, or use fewer documents per group")
         limit = min(self.max_doc_tokens, even_limit([len(d) for d in documents], budget))
         contents = [query_ids, *(document[:limit] for document in documents)]
         prompt_ids: list[int] = []
@@ -3039,7 +3039,7 @@ def describe_run(run: Run, counts: Counter) -> None:
     cfg, encoder, tokens = run.cfg, run.local.encoder, [len(item.prompt) for item in run.items]
     print(f"model: {cfg.model}, {run.model.num_parameters():,} parameters, training "
           + (f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all of them")
-          + f" on {processes()[1]} x {run.local.machine}\n"
+          + f" on {processes()[1]} x {run.local.machine.device} in {run.local.machine.dtype}\n"
           f"data: {len(run.items)} rows and {len(run.eval_items)} held-out ones; prompts of"
           f" {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
           f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
