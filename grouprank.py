@@ -2769,8 +2769,9 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
     reference = None if sft or not cfg.kl_coef else make_reference(run.policy, machine)
     start_stage(run, stage, items, reference, optimizer)
     hidden = not (is_first() and sys.stderr.isatty())
+    asked = max([0, *itertools.chain(*gather(stop))])  # perhaps of some processes only
     for step in tqdm(range(run.step, n_steps), stage, disable=hidden, initial=run.step):
-        if asked := max([0, *itertools.chain(*gather(stop))]):  # perhaps of some processes only
+        if asked:
             print(f"stopped before {stage} step {step + 1}; to go on, repeat the command with"
                   f" --resume --out {run.out}", flush=True)
             raise SystemExit(128 + asked)
