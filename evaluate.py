@@ -137,20 +137,6 @@ def reciprocal_rank(ranked_grades, k=None, *, level=1):
     return 1.0 / next(hits, math.inf)
 
 
-def rank_biased_overlap(ranking_a, ranking_b, p=0.9):
-    """Rank-biased overlap of two rankings of one length k: RBO_ext (Webber et al. 2010, Eq. 32).
-
-    (1-p)/p sum_{d=1..k} X_d/d p^d + X_k/k p^k,  X_d: documents that both have in their first d
-    """
-    a, b, k = ranking_a, ranking_b, len(ranking_a)
-    if not 0.0 < p < 1.0 or not len({*a}) == k == len({*b}) == len(b) > 0:
-        raise ValueError("rank-biased overlap needs 0 < p < 1 and two orders of k documents")
-    d = np.arange(1, k + 1)
-    x = np.array([len({*a[:depth]} & {*b[:depth]}) for depth in d])
-    value = (1 - p) / p * (x / d @ p**d) + x[-1] / k * p**k
-    return min(1.0, float(value))
-
-
 def tie_averaged(scores, values):
     """`values` in descending order of `scores`, each run of equal scores replaced by its mean.
 

@@ -21,12 +21,13 @@ Commands:
 Departures from the paper, and choices where it is silent:
     1. Tied scores earn the expected NDCG and recall over all orders of the tie, in closed form, so
        the order of the documents in the prompt never changes the reward (the paper is silent).
-    2. Relevant for Recall@10 means a gold score of at least 5 of 10 (the paper is silent).
+    2. Relevant for Recall@10 means a gold score of at least 5 of 10 (the paper is silent); a group
+       without such a document has recall 0.
     3. Scores become a distribution by division through their sum; all zeros become uniform.
     4. The reward's grammar is strict: an answer that lacks, repeats or invents a document earns
        -0.1 like broken JSON, or a policy would learn to score one document only.
-    5. One optimizer step a rollout batch by default, so the ratio is exactly 1; with more, the
-       first step's log-probabilities serve as the old ones.
+    5. One optimizer step a rollout batch by default, so the ratio is exactly 1 where this process
+       samples; with more, the first step's log-probabilities serve as the old ones.
     6. Advantages: sample deviation (ddof 1) plus 1e-4 in float64, zero when all rewards are equal.
     7. Groups are balanced: 21 documents with c = 20 make groups of 11 and 10, not 20 and 1.
     8. Documents without a usable score keep their first-stage places; they are never scored 0.
@@ -71,7 +72,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ VERSION = "2.0"
 # --- Options --------------------------------------------------------------------------------------
 
 
-def setting(default, help: str, source: str, group: str, choices: tuple | None = None):
+def setting(default, help: str, source: str = "ours", *, group: str, choices: tuple | None = None):
     """One field of Config: its default, what it means, and where the default comes from."""
     metadata = {"help": help, "source": source, "group": group, "choices": choices}
     return field(default=default, metadata=metadata)
@@ -100,92 +101,93 @@ def setting(default, help: str, source: str, group: str, choices: tuple | None =
 
 BOTH, TRAIN, SFT, GRPO, RERANK = (  # the groups of --help
     "both commands", "--train", "--train: supervised cold start", "--train: GRPO", "--rerank")
+both, training, sft, grpo, reranking = (
+    functools.partial(setting, group=name) for name in (BOTH, TRAIN, SFT, GRPO, RERANK))
 
 
 @dataclass(frozen=True)
 class Config:
     """Every option of both commands. `source` says where a default comes from."""
-    model: str = setting("", "folder, hub or server name; none: the demo", "ours", BOTH)
-    data: str = setting("", "training rows (JSONL), or for --rerank a BEIR folder", "ours", BOTH)
-    out: str = setting("", "folder (--train) or run file (--rerank)", "ours", BOTH)
-    overwrite: bool = setting(False, "replace an output that exists", "ours", BOTH)
-    resume: bool = setting(False, "continue --out after its last checkpoint or batch", "ours", BOTH)
-    seed: int = setting(0, "seed of every random stream", "ours", BOTH)
-    method: str = setting("groupwise", "score groups, score single documents, or order windows that"
-        " slide up the list", "paper Sec. 3.1", BOTH, ("groupwise", "pointwise", "listwise"))
-    docs_per_group: int = setting(20, "documents in one prompt (c)", "paper Sec. 4: 20", BOTH)
-    prompt_file: str = setting("", "wording: system text, a line '---', user text with {query}"
-        " {documents} {n}", "ours: the prompt is data", BOTH)
-    max_doc_tokens: int = setting(1024, "tokens kept of each document",
-        "ours: the released code keeps 3000 characters", BOTH)
-    max_prompt_tokens: int = setting(24000, "tokens of a prompt; longer ones have their documents"
-        " shortened evenly", "paper Table 10: 24,000", BOTH)
-    max_new_tokens: int = setting(8000, "tokens of an answer", "paper Table 10: 8,000", BOTH)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N", "ours", BOTH)
-    precision: str = setting("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16", BOTH,
-        ("auto", "fp32", "bf16", "fp16"))
-    cache_gib: float = setting(0.0, "memory for keys and values while decoding; 0: 40 % of the free"
-        " CUDA memory, 1 GiB on CPU", "ours", BOTH)
-    trust_remote_code: bool = setting(False, "run a model's own Python code", "ours", BOTH)
+    model: str = both("", "folder, hub or server name; none: the demo")
+    data: str = both("", "training rows (JSONL), or for --rerank a BEIR folder")
+    out: str = both("", "folder (--train) or run file (--rerank)")
+    overwrite: bool = both(False, "replace an output that exists")
+    resume: bool = both(False, "continue --out after its last checkpoint or batch")
+    seed: int = both(0, "seed of every random stream")
+    method: str = both("groupwise", "score groups, score single documents, or order windows that"
+        " slide up the list", "paper Sec. 3.1", choices=("groupwise", "pointwise", "listwise"))
+    docs_per_group: int = both(20, "documents in one prompt (c)", "paper Sec. 4: 20")
+    prompt_file: str = both("", "wording: system text, a line '---', user text with {query}"
+        " {documents} {n}", "ours: the prompt is data")
+    max_doc_tokens: int = both(1024, "tokens kept of each document",
+        "ours: the released code keeps 3000 characters")
+    max_prompt_tokens: int = both(24000, "tokens of a prompt; longer ones have their documents"
+        " shortened evenly", "paper Table 10: 24,000")
+    max_new_tokens: int = both(8000, "tokens of an answer", "paper Table 10: 8,000")
+    device: str = both("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = both("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16",
+        choices=("auto", "fp32", "bf16", "fp16"))
+    cache_gib: float = both(0.0, "memory for keys and values while decoding; 0: 40 % of the free"
+        " CUDA memory, 1 GiB on CPU")
 
-    stage: str = setting("both", "what to train", "paper Sec. 3.3", TRAIN, ("sft", "grpo", "both"))
-    eval_data: str = setting("", "held-out rows (JSONL) to evaluate on", "ours", TRAIN)
-    eval_every: int = setting(50, "steps between evaluations; 0: only at the end", "ours", TRAIN)
-    save_every: int = setting(100, "steps between checkpoints; 0: none", "ours", TRAIN)
-    lora_rank: int = setting(32, "rank of LoRA on all linear layers; 0 trains all parameters, at 16"
-        " bytes each on one device", "paper Table 10: r 32", TRAIN)
-    lora_alpha: float = setting(32.0, "LoRA scale numerator", "paper Table 10: alpha 32", TRAIN)
-    max_tokens_per_pass: int = setting(0, "tokens in one forward and backward pass; 0: 32,768 on"
-        " CUDA, 4,096 on CPU", "ours", TRAIN)
-    grad_checkpointing: str = setting("auto", "recompute activations; auto: on CUDA", "ours", TRAIN,
-        ("auto", "on", "off"))
+    stage: str = training("both", "what to train", "paper Sec. 3.3",
+        choices=("sft", "grpo", "both"))
+    eval_data: str = training("", "held-out rows (JSONL) to evaluate on")
+    eval_every: int = training(50, "steps between evaluations; 0: only at the end")
+    save_every: int = training(100, "steps between checkpoints; 0: only at the end")
+    lora_rank: int = training(32, "rank of LoRA on all linear layers; 0 trains all parameters, at"
+        " 16 bytes each on one device", "paper Table 10: r 32")
+    lora_alpha: float = training(32.0, "LoRA scale numerator", "paper Table 10: alpha 32")
+    max_tokens_per_pass: int = training(0, "tokens in one forward and backward pass; 0: 32,768 on"
+        " CUDA, 4,096 on CPU")
+    grad_checkpointing: str = training("auto", "recompute activations; auto: on CUDA",
+        choices=("auto", "on", "off"))
 
-    sft_epochs: float = setting(5.0, "passes over rows with a response", "paper Table 8: 5", SFT)
-    sft_lr: float = setting(3e-5, "peak learning rate", "paper Table 8: 3e-5", SFT)
-    sft_batch: int = setting(64, "sequences a step", "ours: Table 8 leaves devices unsaid", SFT)
-    sft_warmup: float = setting(0.05, "share of steps with a rising rate; then cosine", "ours", SFT)
+    sft_epochs: float = sft(5.0, "passes over rows with a response", "paper Table 8: 5")
+    sft_lr: float = sft(3e-5, "peak learning rate", "paper Table 8: 3e-5")
+    sft_batch: int = sft(64, "sequences a step", "ours: Table 8 leaves devices unsaid")
+    sft_warmup: float = sft(0.05, "share of steps with a rising rate; then cosine")
 
-    grpo_epochs: float = setting(5.0, "passes over rows with scores", "paper Table 10: 5", GRPO)
-    grpo_lr: float = setting(1e-5, "learning rate", "paper Table 10: 1e-5", GRPO)
-    grpo_warmup: float = setting(0.0, "share of steps with a rising rate", "ours", GRPO)
-    grpo_schedule: str = setting("constant", "learning rate after the warm-up", "ours", GRPO,
-        ("constant", "linear", "cosine"))
-    prompts_per_step: int = setting(64, "prompts a step (B)", "paper Table 10: batch 64", GRPO)
-    rollouts_per_prompt: int = setting(8, "answers a prompt (G)", "paper Table 10: 8", GRPO)
-    updates_per_batch: int = setting(1, "steps on one batch of answers", "paper Table 10: 1", GRPO)
-    clip_eps: float = setting(0.2, "clip range; acts with more than one update", "ours", GRPO)
-    kl_coef: float = setting(0.001, "weight of k3 KL; 0: none", "paper Table 10: 0.001", GRPO)
-    ndcg_weight: float = setting(1.0, "weight of NDCG@10 in the reward", "paper Eq. 5: 1", GRPO)
-    recall_weight: float = setting(0.2, "weight of Recall@10 (gamma)", "paper Eq. 5: 0.2", GRPO)
-    align_weight: float = setting(0.1, "weight of 1 - JS (epsilon)", "paper Eq. 5: 0.1", GRPO)
-    rbo_weight: float = setting(0.0, "weight of rank-biased overlap", "paper v1, not v3", GRPO)
-    relevance_level: int = setting(5, "gold score that counts for recall", "ours", GRPO)
-    rollout_endpoint: tuple[str, ...] = setting((), "URLs of vLLM servers (…/v1) that answer the"
-        " prompts with the adapter of the step; none: this process does", "ours", GRPO)
+    grpo_epochs: float = grpo(5.0, "passes over rows with scores", "paper Table 10: 5")
+    grpo_lr: float = grpo(1e-5, "learning rate", "paper Table 10: 1e-5")
+    grpo_warmup: float = grpo(0.0, "share of steps with a rising rate")
+    grpo_schedule: str = grpo("constant", "learning rate after the warm-up",
+        choices=("constant", "linear", "cosine"))
+    prompts_per_step: int = grpo(64, "prompts a step (B)", "paper Table 10: batch 64")
+    rollouts_per_prompt: int = grpo(8, "answers a prompt (G)", "paper Table 10: 8")
+    updates_per_batch: int = grpo(1, "steps on one batch of answers", "paper Table 10: 1")
+    clip_eps: float = grpo(0.2, "clip range; acts with more than one update")
+    kl_coef: float = grpo(0.001, "weight of k3 KL; 0: none", "paper Table 10: 0.001")
+    ndcg_weight: float = grpo(1.0, "weight of NDCG@10 in the reward", "paper Eq. 5: 1")
+    recall_weight: float = grpo(0.2, "weight of Recall@10 (gamma)", "paper Eq. 5: 0.2")
+    align_weight: float = grpo(0.1, "weight of 1 - JS (epsilon)", "paper Eq. 5: 0.1")
+    relevance_level: int = grpo(5, "gold score that counts for recall")
+    rollout_endpoint: tuple[str, ...] = grpo((), "URLs of vLLM servers (…/v1) that answer the"
+        " prompts with the adapter of the step; none: this process does")
 
-    run: str = setting("", "first-stage run file (TREC or JSON)", "ours", RERANK)
-    query: str = setting("", "a query to rank --docs for", "ours", RERANK)
-    docs: tuple[str, ...] = setting((), "text files to rank for --query", "ours", RERANK)
-    queries: str = setting("", "NAME of queries.NAME.jsonl to use instead", "ours", RERANK)
-    top_k: int = setting(100, "candidates of a query", "paper Sec. 4: top 100", RERANK)
-    rounds: int = setting(1, "regroupings whose scores are averaged (t); listwise: passes",
-        "paper Sec. 4.5: 1; gains flatten after about 4", RERANK)
-    grouping: str = setting("random", "what shares a group: documents drawn at random, or"
-        " neighbours in first-stage rank", "paper Tables 4, 5: random", RERANK, ("random", "rank"))
-    docs_stride: int = setting(0, "start a group every so many documents; 0: disjoint groups",
-        "paper Eq. 1: disjoint; its users also run 10", RERANK)
-    window: int = setting(20, "documents in a listwise window (w)", "ours: as RankGPT", RERANK)
-    step: int = setting(10, "places by which it moves up (s)", "ours: as RankGPT", RERANK)
-    fusion_weight: float = setting(0.0, "weight of the min-max first-stage score", "ours", RERANK)
-    temperature: float = setting(0.3, "of sampling; 0 is greedy", "released script: 0.3", RERANK)
-    top_p: float = setting(0.8, "nucleus mass", "released script: 0.8", RERANK)
-    retries: int = setting(3, "further tries for a group whose answer is unusable", "ours", RERANK)
-    endpoint: str = setting("", "URL of an OpenAI-compatible server (…/v1), or several with commas;"
-        " the key comes from OPENAI_API_KEY", "ours", RERANK)
-    concurrency: int = setting(16, "requests in flight at all servers together", "ours", RERANK)
-    timeout_s: float = setting(600.0, "seconds to wait for a server's answer", "ours", RERANK)
-    shard: str = setting("", "i/n: rerank every n-th query, from the i-th on, into OUT.i-of-n;"
-        " cat OUT.*-of-n joins them", "ours", RERANK)
+    run: str = reranking("", "first-stage run file (TREC or JSON)")
+    query: str = reranking("", "a query to rank --docs for")
+    docs: tuple[str, ...] = reranking((), "text files to rank for --query")
+    queries: str = reranking("", "NAME of queries.NAME.jsonl to use instead")
+    top_k: int = reranking(100, "candidates of a query", "paper Sec. 4: top 100")
+    rounds: int = reranking(1, "regroupings whose scores are averaged (t); listwise: passes",
+        "paper Sec. 4.5: 1; gains flatten after about 4")
+    grouping: str = reranking("random", "what shares a group: documents drawn at random, or"
+        " neighbours in first-stage rank", "paper Tables 4, 5: random", choices=("random", "rank"))
+    docs_stride: int = reranking(0, "start a group every so many documents; 0: disjoint groups",
+        "paper Eq. 1: disjoint; its users also run 10")
+    window: int = reranking(20, "documents in a listwise window (w)", "ours: as RankGPT")
+    step: int = reranking(10, "places by which it moves up (s)", "ours: as RankGPT")
+    fusion_weight: float = reranking(0.0, "weight of the min-max first-stage score")
+    temperature: float = reranking(0.3, "of sampling; 0 is greedy", "released script: 0.3")
+    top_p: float = reranking(0.8, "nucleus mass", "released script: 0.8")
+    retries: int = reranking(3, "further tries for a group whose answer is unusable")
+    endpoint: str = reranking("", "URL of an OpenAI-compatible server (…/v1), or several with"
+        " commas; the key comes from OPENAI_API_KEY")
+    concurrency: int = reranking(16, "requests in flight at all servers together")
+    timeout_s: float = reranking(600.0, "seconds to wait for a server's answer")
+    shard: str = reranking("", "i/n: rerank every n-th query, from the i-th on, into OUT.i-of-n;"
+        " cat OUT.*-of-n joins them")
 
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
@@ -196,21 +198,24 @@ class Config:
             lowest = 0 if name in may_be_zero or name.endswith("weight") else 1e-9
             if type(value) in (int, float) and value < lowest:
                 raise ValueError(f"{flag(name)} must be positive, got {value}")
-        if self.rollouts_per_prompt < 2:
-            raise ValueError("--rollouts-per-prompt must be at least 2: an advantage compares them")
-        if max(self.fusion_weight, self.top_p) > 1:
-            raise ValueError("--fusion-weight and --top-p are at most 1")
-        if self.docs_stride > self.docs_per_group or self.step > self.window:
-            raise ValueError("--docs-stride is at most --docs-per-group, and --step at most"
-                             " --window: larger ones would skip documents")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues an output and --overwrite deletes it: give one")
-        if self.rollout_endpoint and (self.stage != "grpo" or not self.lora_rank):
-            raise ValueError("--rollout-endpoint needs --stage grpo and LoRA: its servers serve"
-                             " --model itself (OUT/sft, say) and each step's adapter")
-        shard = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard or "1/1", re.ASCII)
-        if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
-            raise ValueError(f"--shard must be i/n with i from 1 to n, got {self.shard}")
+        part = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard or "1/1", re.ASCII)
+        for wrong, words in (
+            (self.rollouts_per_prompt < 2,
+             "--rollouts-per-prompt must be at least 2: an advantage compares them"),
+            (max(self.fusion_weight, self.top_p) > 1, "--fusion-weight and --top-p are at most 1"),
+            (self.docs_stride > self.docs_per_group or self.step > self.window,
+             "--docs-stride is at most --docs-per-group, and --step at most --window: larger ones"
+             " would skip documents"),
+            (self.resume and self.overwrite,
+             "--resume continues an output and --overwrite deletes it: give one"),
+            (self.rollout_endpoint and (self.stage != "grpo" or not self.lora_rank),
+             "--rollout-endpoint needs --stage grpo and LoRA: its servers serve --model itself"
+             " (OUT/sft, say) and each step's adapter"),
+            (not part or not 1 <= int(part[1]) <= int(part[2]),
+             f"--shard must be i/n with i from 1 to n, got {self.shard}"),
+        ):
+            if wrong:
+                raise ValueError(words)
 
 
 def flag(name: str) -> str:
@@ -246,25 +251,6 @@ with one another and give each its own score for how much it helps to answer the
 
 {UNTRUSTED}"""
 
-USER_TEXT = """\
-Query:
-{query}
-
-The {n} documents:
-
-{documents}
-
-Reply in exactly this form, with an integer from 0 to 10 for every document from [1] to [{n}]:
-<reason>
-compare the documents: what does each contribute to answering the query?
-</reason>
-<answer>
-{"[1]": 0, "[2]": 0, ...}
-</answer>
-where the zeros stand for your scores."""
-
-# The paper's baselines, which are also the teachers of synth.py: one document, or a whole order.
-
 POINTWISE_SYSTEM = f"""\
 You rate search results. You get a query and one document. Give the document a score for how much \
 it helps to answer the query.
@@ -282,40 +268,35 @@ the same topic comes second.
 
 {UNTRUSTED}"""
 
-# Their user texts are the groupwise one in other words.
-POINTWISE_USER = """\
+ASK = """\
 Query:
 {query}
 
-The document:
+The %s:
 
 {documents}
 
-Reply in exactly this form, with one integer from 0 to 10:
+Reply in exactly this form, with %s:
 <reason>
-what does the document contribute to answering the query?
+%s
 </reason>
 <answer>
-0
+%s
 </answer>
-where the zero stands for your score."""
+where the %s."""
 
-LISTWISE_USER = """\
-Query:
-{query}
+COMPARE = "compare the documents: what does each contribute to answering the query?"
+USER_TEXT = ASK % (
+    "{n} documents", "an integer from 0 to 10 for every document from [1] to [{n}]",
+    COMPARE, '{"[1]": 0, "[2]": 0, ...}', "zeros stand for your scores")
 
-The {n} documents:
-
-{documents}
-
-Reply in exactly this form, with every number from [1] to [{n}] once, the most helpful first:
-<reason>
-compare the documents: what does each contribute to answering the query?
-</reason>
-<answer>
-[2] > [1] > ...
-</answer>
-where the numbers stand for your order."""
+# The paper's baselines, which are also the teachers of synth.py: one document, or a whole order.
+POINTWISE_USER = ASK % (
+    "document", "one integer from 0 to 10",
+    "what does the document contribute to answering the query?", "0", "zero stands for your score")
+LISTWISE_USER = ASK % (
+    "{n} documents", "every number from [1] to [{n}] once, the most helpful first",
+    COMPARE, "[2] > [1] > ...", "numbers stand for your order")
 
 
 @dataclass(frozen=True)
@@ -663,16 +644,13 @@ def js_divergence(p: Sequence[float], q: Sequence[float]) -> float:
     return min(max(js, 0.0), 1.0)  # rounding can leave -1e-17
 
 
-def group_reward(ndcg: float, recall: float, js: float, rbo: float = 0.0, *,
-                 ndcg_weight: float = 1.0, recall_weight: float = 0.2, align_weight: float = 0.1,
-                 rbo_weight: float = 0.0) -> float:
+def group_reward(ndcg: float, recall: float, js: float, *, ndcg_weight: float = 1.0,
+                 recall_weight: float = 0.2, align_weight: float = 0.1) -> float:
     """Eq. 5: R_G = NDCG@10 + gamma Recall@10 + epsilon (1 - JS), gamma 0.2, epsilon 0.1.
 
-    All four inputs are in [0, 1], so that R_G is in [0, 1.3] with the paper's weights. Version 1 of
-    the paper also rewards rank-biased overlap: `rbo_weight`.
+    All three inputs are in [0, 1], so that R_G is in [0, 1.3] with the paper's weights.
     """
-    return (ndcg_weight * ndcg + recall_weight * recall + align_weight * (1 - js)
-            + rbo_weight * rbo)
+    return ndcg_weight * ndcg + recall_weight * recall + align_weight * (1 - js)
 
 
 def format_reward(tags_ok: bool, json_ok: bool, ranking_reward: float) -> float:
@@ -690,7 +668,6 @@ class Reward:
     ndcg: float = 0.0
     recall: float = 0.0
     alignment: float = 0.0  # 1 - JS
-    rbo: float = 0.0
 
 
 def score_completion(text: str, gold: Sequence[float], *, k: int = 10, relevance_level: float = 5,
@@ -708,22 +685,9 @@ def score_completion(text: str, gold: Sequence[float], *, k: int = 10, relevance
     hits = sum(evaluate.tie_averaged(answer.scores, relevant)[:k])
     recall = hits / sum(relevant) if any(relevant) else 0.0
     js = js_divergence(score_distribution(answer.scores), score_distribution(gold))
-    rbo = score_rbo(answer.scores, gold) if weights.get("rbo_weight") else 0.0
-    total = group_reward(ndcg, recall, js, rbo, **weights)
+    total = group_reward(ndcg, recall, js, **weights)
     assert math.isfinite(total), f"reward {total} for {answer.scores} against {gold}"
-    return Reward(total, "ok", ndcg, recall, 1 - js, rbo)
-
-
-def score_rbo(scores: Sequence[float], gold: Sequence[float], p: float = 0.9) -> float:
-    """Rank-biased overlap of the rankings by score and by gold score, the same for any input order.
-
-    Tied predictions are ordered worst first, and equal gold scores in the predicted order, so that
-    a constant answer earns nothing by luck.
-    """
-    documents = range(len(gold))
-    predicted = sorted(documents, key=lambda i: (-scores[i], gold[i]))
-    ideal = sorted(documents, key=lambda i: (-gold[i], -scores[i]))
-    return evaluate.rank_biased_overlap(predicted, ideal, p)
+    return Reward(total, "ok", ndcg, recall, 1 - js)
 
 
 # --- GRPO (Sec. 3.3, Eq. 7) -----------------------------------------------------------------------
@@ -1318,7 +1282,7 @@ def rollout_numbers(rewards: Sequence[Sequence[Reward]],
     ids = [answer.ids for row in answers for answer in row]
     totals = np.array([[r.total for r in row] for row in rewards])  # (B, G)
     parts = {f"reward/{name}": [getattr(r, name) for r in flat]
-             for name in ("ndcg", "recall", "alignment", "rbo")}
+             for name in ("ndcg", "recall", "alignment")}
     columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
                "completion_tokens": [len(a) for a in ids],
                "truncated": [a[-1] not in end_ids for a in ids],
@@ -1436,8 +1400,8 @@ class Ranking(NamedTuple):
     reasons: list[tuple[list[int], str]]  # documents of each group and the model's reason
 
 
-def ask_groups(backend: Callable, method: Method, groups: list[Group], cfg: Config, counts: Counter,
-               progress: tqdm | None = None) -> None:
+def ask_groups(backend: Callable, method: Method, groups: list[Group], cfg: Config,
+               counts: Counter) -> None:
     """Fill in the groups' scores; a group with an unusable answer is asked again with a new seed.
 
     When all tries fail, the valid scores of the tries stand, the earliest first.
@@ -1449,7 +1413,7 @@ def ask_groups(backend: Callable, method: Method, groups: list[Group], cfg: Conf
         temperature = max(cfg.temperature, 0.3) if attempt else cfg.temperature
         chats = [Chat(method.prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
                       (*g.seed, attempt)) for g in groups]
-        completions = backend(chats, temperature, cfg.top_p, None if attempt else progress)
+        completions = backend(chats, temperature, cfg.top_p)
         failed = []
         for group, completion in zip(groups, completions, strict=True):
             answer = count_answer(completion, method, len(group.docs), counts)
@@ -1487,50 +1451,44 @@ def count_answer(completion: Completion, method: Method, n_docs: int, counts: Co
 
 
 def score_groups(backend: Callable, method: Method, queries: Sequence[Candidates], cfg: Config,
-                 counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
+                 counts: Counter) -> list[Ranking]:
     """Groupwise (Eq. 1) and pointwise: all groups of all rounds are independent prompts."""
-    groups_of = [plan_query(query, cfg) for query in queries]
-    ask_groups(backend, method, [g for groups in groups_of for g in groups], cfg, counts, progress)
+    docs_per_group = 1 if cfg.method == "pointwise" else cfg.docs_per_group
+    groups_of = []
+    for query in queries:
+        rng = np.random.default_rng([cfg.seed, zlib.crc32(query.qid.encode())])
+        plan = plan_groups(len(query.ids), docs_per_group, cfg.rounds, cfg.docs_stride, rng,
+                           cfg.grouping == "rank")
+        groups_of.append([Group(query, docs, (cfg.seed, query.qid, t, m), [None] * len(docs))
+                          for t, groups in enumerate(plan) for m, docs in enumerate(groups)])
+    ask_groups(backend, method, list(itertools.chain(*groups_of)), cfg, counts)
     return [fuse_ranking(query, groups, cfg)
             for query, groups in zip(queries, groups_of, strict=True)]
 
 
-def plan_query(query: Candidates, cfg: Config) -> list[Group]:
-    """The groups of all rounds of a query; pointwise, every document is its own."""
-    rng = np.random.default_rng([cfg.seed, zlib.crc32(query.qid.encode())])
-    docs_per_group = 1 if cfg.method == "pointwise" else cfg.docs_per_group
-    plan = plan_groups(len(query.ids), docs_per_group, cfg.rounds, cfg.docs_stride, rng,
-                       cfg.grouping == "rank")
-    return [Group(query, docs, (cfg.seed, query.qid, t, m), [None] * len(docs))
-            for t, round_groups in enumerate(plan) for m, docs in enumerate(round_groups)]
-
-
 def slide_windows(backend: Callable, method: Method, queries: Sequence[Candidates], cfg: Config,
-                  counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
-    """Listwise: the windows of a query wait for one another, so all queries go on side by side."""
-    orders = [list(range(len(query.ids))) for query in queries]
-    groups_of: list[list[Group]] = [[] for _ in queries]
-    slides = [slide_window(query, order, groups, cfg)
-              for query, order, groups in zip(queries, orders, groups_of, strict=True)]
-    for windows in itertools.zip_longest(*slides):  # the next window of every query that has one
-        ask_groups(backend, method, [w for w in windows if w], cfg, counts, progress)
-    return [fuse_ranking(query, groups, cfg, order)
-            for query, groups, order in zip(queries, groups_of, orders, strict=True)]
+                  counts: Counter) -> list[Ranking]:
+    """Listwise: windows slide up each list and reorder what they hold, `rounds` times.
 
-
-def slide_window(query: Candidates, order: list[int], groups: list[Group],
-                 cfg: Config) -> Iterator[Group]:
-    """Yield each window of a query, and reorder what it holds once its answer has been read.
-
-    All windows are added to `groups`. One without a usable answer keeps its order.
+    The windows of a query wait for one another, so the k-th ones of all queries are asked together.
+    One without a usable answer keeps its order.
     """
-    for t in range(cfg.rounds):
-        for k, (start, end) in enumerate(window_places(len(order), cfg.window, cfg.step)):
-            docs = order[start:end]
-            group = Group(query, docs, (cfg.seed, query.qid, t, k), [None] * len(docs))
-            groups.append(group)
-            yield group
-            order[start:end] = [docs[i] for i in order_candidates(group.scores)]
+    places = [window_places(len(query.ids), cfg.window, cfg.step) for query in queries]
+    orders = [list(range(len(query.ids))) for query in queries]
+    groups: list[list[Group]] = [[] for _ in queries]
+    for t, k in itertools.product(range(cfg.rounds), range(max(map(len, places)))):
+        sliding = [q for q, own in enumerate(places) if k < len(own)]
+        for q in sliding:
+            docs = orders[q][slice(*places[q][k])]
+            seed = (cfg.seed, queries[q].qid, t, k)
+            groups[q].append(Group(queries[q], docs, seed, [None] * len(docs)))
+        ask_groups(backend, method, [groups[q][-1] for q in sliding], cfg, counts)
+        for q in sliding:
+            window = groups[q][-1]
+            orders[q][slice(*places[q][k])] = [window.docs[i]
+                                               for i in order_candidates(window.scores)]
+    return [fuse_ranking(*each, cfg, order)
+            for *each, order in zip(queries, groups, orders, strict=True)]
 
 
 def fuse_ranking(query: Candidates, groups: Sequence[Group], cfg: Config,
@@ -1564,14 +1522,11 @@ def join_processes() -> None:
     """Meet the processes that torchrun started. Only the first one prints and writes files."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    local, n_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if n_devices and local >= n_devices:
-        raise ValueError(f"torchrun --nproc-per-node exceeds the {n_devices} CUDA devices here")
-    if n_devices:
-        torch.cuda.set_device(local)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Lists travel over gloo, tensors on CUDA over NCCL. Hours: one may wait for another's rollouts.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if n_devices else "gloo",
-                            timeout=datetime.timedelta(hours=6))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -1588,14 +1543,9 @@ def is_first() -> bool:
 
 def gather(value) -> list:
     """What every process calls this with, in the order of the processes; all of them must call."""
-    number, n_processes = processes()
-    if n_processes == 1:
-        return [value]
-    values = [None] * n_processes
-    try:
+    values = [value] * processes()[1]
+    if len(values) > 1:
         dist.all_gather_object(values, value)
-    except RuntimeError:  # the connection to a process that ended; torchrun names that one
-        raise SystemExit(f"process {number}: another process has ended, so this one does") from None
     return values
 
 
@@ -1605,17 +1555,13 @@ def on_first(work: Callable, *args):
 
 
 def my_share(costs: Sequence[float]) -> list[int]:
-    """Indices of the items that this process takes: the costliest first, to whoever has least."""
+    """Indices of the items that this process takes: of the costliest one each, and so on."""
     number, n_processes = processes()
-    shares, loads = [[] for _ in range(n_processes)], [0.0] * n_processes
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        shares[least].append(i)
-        loads[least] += costs[i]
-    return sorted(shares[number])
+    costliest_first = sorted(range(len(costs)), key=lambda i: -costs[i])
+    return sorted(costliest_first[number::n_processes])
 
 
-# --- Models: device, precision, loading, LoRA -----------------------------------------------------
+# --- Models: device, precision, loading, LoRA, optimizer ------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -1638,97 +1584,73 @@ class Machine:
 
 def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
     """Resolve --device and --precision: bf16 on CUDA, float32 on CPU unless told otherwise."""
-    has_cuda = torch.cuda.is_available()
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or (device[:4] == "cuda" and not has_cuda):
-        here = "with CUDA" if has_cuda else "PyTorch sees no CUDA device here"
-        raise ValueError(f"--device {device}: there are auto, cpu, cuda and cuda:N; {here}")
-    if ":" in device and processes()[1] > 1:
-        raise ValueError(f"--device {device}: every process has its own device under torchrun")
-    chosen = torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
-    if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" else "fp32"
-    return Machine(chosen, DTYPES[precision])
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = (here if device == "auto" else device).partition(":")[0]
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or kind not in ("cpu", here):
+        raise ValueError(f"--device {device}: there are auto, cpu, cuda and cuda:N, and PyTorch"
+                         f" sees {here} here")
+    precision = {"cuda": "bf16", "cpu": "fp32"}[kind] if precision == "auto" else precision
+    return Machine(torch.device(here if device == "auto" else device), DTYPES[precision])
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a model folder or hub name; a clear error when there is none."""
-    # A name without a slash is a folder: asking the hub for a misspelt one takes half a minute.
-    if "/" not in path and not Path(path).is_dir():
-        raise ValueError(f"--model {path}: no such folder (a name on the hub looks like org/name)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model {path}: no tokenizer there ({first_line(error)})") from None
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {path}: its tokenizer has no end token (eos_token), so that no"
-                         " answer could end; set one in tokenizer_config.json")
-    return tokenizer
-
-
-def load_model(path: str, machine: Machine, *, trainable: bool, trust_remote_code: bool = False):
-    """Load a causal language model onto the machine.
+@torch.no_grad()
+def load_model(path: str, machine: Machine, *, trainable: bool = False):
+    """Load (causal language model, tokenizer) from a folder or the hub.
 
     Trainable weights are float32: at lr 1e-6 an Adam step is smaller than half the spacing of
     bfloat16 for 98 % of the weights, which would not move. Frozen ones are in the autocast type.
     """
     from safetensors import SafetensorError  # comes with transformers
 
+    # A name without a slash is a folder: asking the hub for a misspelt one takes half a minute.
+    if "/" not in path and not Path(path).is_dir():
+        raise ValueError(f"--model {path}: no such folder (a name on the hub looks like org/name)")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        stored_dtype = getattr(config, "dtype", None) or torch.float32
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        stored_dtype = getattr(AutoConfig.from_pretrained(path), "dtype", None) or torch.float32
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32 if trainable else machine.dtype, attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code, output_loading_info=True)
+            output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--model {path}: no model could be loaded ({first_line(error)});"
-                         " give a folder that save_pretrained wrote, or a hub name") from None
+        raise ValueError(f"--model {path}: no model with a tokenizer could be loaded"
+                         f" ({first_line(error)}); give a folder that save_pretrained wrote, or a"
+                         " hub name") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {path}: its tokenizer has no end token (eos_token), so that no"
+                         " answer could end; set one in tokenizer_config.json")
     if lacking := sorted(loaded["missing_keys"]):
         raise ValueError(f"--model {path}: the checkpoint has no {lacking[0]}"
                          f" ({len(lacking)} weights lack): they would be random")
     model.stored_dtype = stored_dtype  # what save_model writes, whatever we train in
     model = model.to(machine.device).eval()
-    check_head(model)
-    return model
-
-
-@torch.no_grad()
-def check_head(model) -> None:
-    """Refuse models that scale or cap their logits after the head: we apply the head ourselves.
-
-    Otherwise sampling and training would silently use another distribution than the model's.
-    """
+    # We apply the head ourselves: a model that scales or caps its logits after it would silently
+    # be sampled and trained as another one.
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
-    expected = model(input_ids=ids).logits.float()
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    gap = (model.get_output_embeddings()(hidden).float() - expected).abs().max().item()
-    if not gap <= 1e-2 * (1 + expected.abs().max().item()):
-        raise ValueError(f"{type(model).__name__} changes its logits after the head"
+    logits = model.get_output_embeddings()(hidden).float()
+    if not torch.allclose(logits, model(input_ids=ids).logits.float(), rtol=1e-2, atol=1e-2):
+        raise ValueError(f"--model {path}: {type(model).__name__} changes its logits after the head"
                          " (scaling or soft-capping), which is not supported")
+    return model, tokenizer
 
 
-def share_prompts(model) -> str:
-    """Run each prompt once from now on; returns why the model cannot, "" where it can.
+def share_prompts(model) -> bool:
+    """Run each prompt once from now on, where the model can; returns whether it does.
 
     The attention is switched in the model, not around a call: gradient checkpointing runs the
     layers again in the backward pass, and they must find the same attention then.
     """
-    config, why_not = model.get_decoder().config, ""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds:
-        why_not = f"it has {', '.join(sorted(kinds))} layers"
-    elif not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
-        why_not = f"its attention slides over {config.sliding_window} tokens"
-    elif not getattr(model, "_supports_attention_backend", False):
-        why_not = "its code does not take another attention function"
-    config._attn_implementation = "sdpa" if why_not else SHARED
-    return why_not
+    config = model.get_decoder().config
+    kinds = getattr(config, "layer_types", None)
+    slides = not kinds and getattr(config, "sliding_window", None)
+    able = not slides and set(kinds or ()) <= {"full_attention"} and (
+        getattr(model, "_supports_attention_backend", False))
+    config._attn_implementation = SHARED if able else "sdpa"
+    return able
 
 
 def spare_threads(model) -> None:
-    """One compute thread for a tiny model on a CPU: more would wait for each other, not work.
-
-    Called by the commands only; a program that imports this file keeps its own setting.
-    """
+    """One compute thread for a tiny model on a CPU: more would wait for each other, not work."""
     on_cpu = isinstance(model, nn.Module) and model.device.type == "cpu"  # else a server's name
     if on_cpu and model.num_parameters() < 5_000_000:
         torch.set_num_threads(1)
@@ -1739,24 +1661,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer plus a trained low-rank update: y = base(x) + alpha/r B A x."""
+class LoraLinear(nn.Linear):
+    """A frozen linear layer plus a trained low-rank update: y = W x + b + alpha/r B A x.
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
-        super().__init__()
-        self.base = base
-        self.scale = alpha / rank
-        self.enabled = True
-        bound = 1 / math.sqrt(base.in_features)  # PEFT's: kaiming_uniform_ with a = sqrt(5)
-        down = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        device = base.weight.device
-        # Float32 whatever the base's type; B = 0, so that training starts at the base model.
-        self.lora_A = nn.Parameter(down.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+    `add_lora` turns linear layers into these and `merge_lora` back, so weights keep their names.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out); the frozen layer alone while `enabled` is off."""
-        y = self.base(x)
+        y = super().forward(x)
         if not self.enabled:
             return y
         if not torch.is_autocast_enabled(x.device.type):
@@ -1767,9 +1680,15 @@ class LoraLinear(nn.Module):
         # One product that adds to y: three passes over a (tokens, out) array less than y + update.
         return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.T).view_as(y)
 
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + alpha/r B A, summed in float32, in the type of W."""
+        update = self.scale * (self.lora_B.float() @ self.lora_A.float())
+        return (self.weight.float() + update).to(self.weight.dtype)
+
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """All adapted layers by their name in the unadapted model."""
+    """All adapted layers by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
@@ -1778,11 +1697,25 @@ def add_lora(model, rank: int, alpha: float, seed: int = 0) -> int:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
-    linear = [(name, layer) for name, layer in model.named_modules()
-              if isinstance(layer, nn.Linear) and layer is not head]
-    for name, layer in linear:
-        model.set_submodule(name, LoraLinear(layer, rank, alpha, generator))
-    return len(linear)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    for layer in layers:
+        layer.__class__ = LoraLinear
+        layer.scale, layer.enabled = alpha / rank, True
+        bound = 1 / math.sqrt(layer.in_features)  # PEFT's: kaiming_uniform_ with a = sqrt(5)
+        down = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        device = layer.weight.device
+        # Float32 whatever the layer's type; B = 0, so that training starts at the base model.
+        layer.lora_A = nn.Parameter(down.to(device))
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+    return len(layers)
+
+
+def merge_lora(model) -> None:
+    """Fold every adapter into its layer, in place; the model is then an ordinary one again."""
+    for layer in lora_layers(model).values():
+        layer.weight.data = layer.merged_weight()
+        del layer.lora_A, layer.lora_B
+        layer.__class__ = nn.Linear
 
 
 @contextlib.contextmanager
@@ -1798,32 +1731,16 @@ def lora_disabled(model):
             layer.enabled = True
 
 
-@torch.no_grad()
-def merged_weight(layer: LoraLinear) -> Tensor:
-    """W + alpha/r B A, summed in float32, in the type of W."""
-    update = layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
-    return (layer.base.weight.float() + update).to(layer.base.weight.dtype)
-
-
-def merge_lora(model) -> None:
-    """Fold every adapter into its layer, in place; the model is then an ordinary one again."""
-    for name, layer in lora_layers(model).items():
-        layer.base.weight.data = merged_weight(layer)
-        model.set_submodule(name, layer.base)
-
-
 def plain_state_dict(model) -> dict[str, Tensor]:
-    """The weights under the names of the unadapted model, adapters merged, in the stored type."""
+    """The weights of the unadapted model, adapters merged, in the type that they are stored in."""
     layers, weights = lora_layers(model), {}
-    stored = getattr(model, "stored_dtype", torch.float32)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        layer = layers.get(owner.removesuffix(".base"))
-        if layer is not None:
+        if owner in layers and leaf == "weight":
             # On the CPU: a device that trains a large model has no room for a second one.
-            tensor = merged_weight(layer).cpu() if leaf == "weight" else tensor
-            name = f"{owner.removesuffix('.base')}.{leaf}"
+            tensor = layers[owner].merged_weight().cpu()
         if leaf not in ("lora_A", "lora_B"):
+            stored = getattr(model, "stored_dtype", torch.float32)
             weights[name] = tensor.to(stored) if tensor.is_floating_point() else tensor
     return weights
 
@@ -1838,9 +1755,8 @@ def save_adapter(model, folder: Path, base_name: str) -> None:
     first = next(iter(layers.values()))
     rank = first.lora_A.shape[0]
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
-                "r": rank, "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none",
-                "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-                "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True}
+                "r": rank, "lora_alpha": first.scale * rank,
+                "target_modules": sorted({name.rpartition(".")[2] for name in layers})}
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "adapter_config.json", settings)
@@ -1894,10 +1810,10 @@ class Optimizer:
     With several processes a step adds up their gradients, each process having seen its share.
     """
 
-    def __init__(self, model, machine: Machine, grad_clip: float = 1.0, weight_decay: float = 0.0):
+    def __init__(self, model, machine: Machine, grad_clip: float = 1.0):
         self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.98),
-                                      weight_decay=weight_decay)
+                                      weight_decay=0.0)
         fp16 = machine.dtype == torch.float16
         # 2^16 would overflow in the first steps; the scale grows by itself when it can.
         self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**13, enabled=fp16)
@@ -1912,17 +1828,13 @@ class Optimizer:
 
         A gradient that is not finite moves nothing: the step is skipped, and the fp16 scale halved.
         """
-        weights = list(self.weights.values())
         if processes()[1] > 1:  # while they are scaled: then all see one's overflow
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-            total = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(total)
-            for weight, grad in zip(weights, total.split([p.numel() for p in weights]),
-                                    strict=True):
-                weight.grad = grad.view_as(weight)
+            for weight in self.weights.values():
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                dist.all_reduce(weight.grad)
         self.adam.param_groups[0]["lr"] = lr
         self.scaler.unscale_(self.adam)
-        norm = nn.utils.clip_grad_norm_(weights, self.grad_clip).item()
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.grad_clip).item()
         if math.isfinite(norm):
             self.scaler.step(self.adam)
         self.scaler.update()
@@ -1943,7 +1855,7 @@ class Optimizer:
         self.scaler.load_state_dict(state["scaler"])
 
 
-# --- Files: rows, folders, checkpoints, logs ------------------------------------------------------
+# --- Files: rows, folders, logs -------------------------------------------------------------------
 
 
 class Example(NamedTuple):
@@ -1961,65 +1873,62 @@ class Example(NamedTuple):
 
 def read_rows(path: str) -> list[Example]:
     """Read training rows; the first wrong one is an error that names its line and id."""
-    rows: dict[str, Example] = {}
-    with evaluate.numbered_lines(path) as lines:
-        for line in filter(str.strip, lines):
-            example = read_row(json.loads(line))
-            if example.id in rows:
-                raise ValueError(f"id {example.id!r} stands on an earlier line already")
-            rows[example.id] = example
+    rows = list(evaluate.read_jsonl(path, check_row))
     if not rows:
         raise ValueError(f"{path}: no rows")
-    return list(rows.values())
+    id, n = Counter(row.id for row in rows).most_common(1)[0]
+    if n > 1:
+        raise ValueError(f"{path}: the id {id!r} stands on {n} lines")
+    return rows
 
 
-def read_row(row) -> Example:
+def check_row(row: dict) -> Example:
     """Validate one row of a training file."""
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise ValueError('a row must be an object with a text "id"')
-    name, query, docs = f"row {row['id']!r}", row.get("query"), row.get("docs")
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f'{name} has no "query" text')
-    if not isinstance(docs, list) or not docs or not all(isinstance(doc, dict) for doc in docs):
-        raise ValueError(f'{name} has no "docs" list of {{"id", "text"}}')
-    texts = {doc.get("id"): doc.get("text") for doc in docs}
-    if len(texts) < len(docs):
-        raise ValueError(f"{name} has a document id twice")
-    for id, text in texts.items():
-        if not (isinstance(id, str) and isinstance(text, str) and text.strip()):
-            raise ValueError(f"{name}: document {id!r} is empty or has no text id; drop it")
+    id, query, docs = row.get("id"), row.get("query"), row.get("docs")
     scores, response = row.get("scores"), row.get("response")
+
+    def need(holds, words: str) -> None:
+        if not holds:
+            raise ValueError(f"row {id!r} needs {words}")
+
+    def is_text(value) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    need(is_text(id), 'a text "id"')
+    need(is_text(query), 'a "query" text')
+    need(isinstance(docs, list) and docs and all(isinstance(doc, dict) for doc in docs),
+         'a "docs" list of {"id", "text"}')
+    for doc in docs:
+        need(is_text(doc.get("id")) and is_text(doc.get("text")),
+             f"a text and a text id in document {doc.get('id')!r}, or go without it")
+    need(len({doc["id"] for doc in docs}) == len(docs), "another id for each document")
     if scores is not None:
-        if not isinstance(scores, list) or len(scores) != len(docs) or not all(
-                type(s) in (int, float) and 0 <= s <= SCORE_MAX for s in scores):
-            raise ValueError(f'{name}: "scores" must be {len(docs)} numbers from 0 to 10, one a'
-                             f" document, not {scores!r:.80}")
+        need(isinstance(scores, list) and len(scores) == len(docs) and all(
+            type(score) in (int, float) and 0 <= score <= SCORE_MAX for score in scores),
+            f'"scores" of {len(docs)} numbers from 0 to 10, one a document, not {scores!r:.80}')
         scores = tuple(map(float, scores))
-    if response is not None and (not isinstance(response, str) or not response.strip()):
-        raise ValueError(f'{name} has an empty "response"; leave the field out instead')
-    return Example(row["id"], query, tuple(texts.values()), scores, response)
+    need(response is None or is_text(response), 'a "response" with text, or to leave the field out')
+    return Example(id, query, tuple(doc["text"] for doc in docs), scores, response)
 
 
 def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
                 max_new_tokens: int) -> tuple[list[Item], Counter]:
     """Tokenise rows. Counts shortened prompts; drops and counts responses that are too long."""
-    items, counts, tokenizer = [], Counter(), encoder.tokenizer
+    items, counts = [], Counter()
     for row in tqdm(rows, desc="tokenise", disable=not sys.stderr.isatty(), leave=False):
         try:
             ids, n_cut = encoder.encode(prompt, row.query, row.texts)
         except ValueError as error:
             raise ValueError(f"row {row.id!r}: {error}") from None
-        counts.update({"shortened": n_cut > 0, "cut": n_cut})
         response = None
         if row.response is not None:
             # A teacher may quote a document: the one special token is the end that we put there.
-            response = tokenizer(row.response, add_special_tokens=False,
-                                 split_special_tokens=True)["input_ids"]
-            response = [*response, tokenizer.eos_token_id]
-            if len(response) > max_new_tokens:
-                counts["response too long"] += 1
-                response = None
-        items.append(Item(row.id, ids, row.scores, response))
+            response = encoder.tokenizer(row.response, add_special_tokens=False,
+                                         split_special_tokens=True)["input_ids"]
+            response = [*response, encoder.tokenizer.eos_token_id]
+        too_long = response is not None and len(response) > max_new_tokens
+        counts.update({"shortened": n_cut > 0, "cut": n_cut, "response too long": too_long})
+        items.append(Item(row.id, ids, row.scores, None if too_long else response))
     return items, counts
 
 
@@ -2027,10 +1936,10 @@ def read_prompt(path: str) -> Prompt:
     """Read a template file: system text, a line that is only '---', user text."""
     text = "\n" + Path(path).read_text(encoding="utf-8")  # so that '---' may be the first line
     system, line, user = text.partition("\n---\n")
-    if not line:
-        raise ValueError(f"{path}: no line '---' between the system text and the user text")
     try:
-        return Prompt(system.strip(), user.strip())
+        if line:
+            return Prompt(system.strip(), user.strip())
+        raise ValueError("no line '---' between the system text and the user text")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -2076,6 +1985,12 @@ def write_json(path: str | Path, content: dict) -> None:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def append_json(path: Path, *rows: dict) -> None:
+    """Add lines to a file."""
+    with evaluate.name_in_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
     """Write a folder that AutoModelForCausalLM.from_pretrained and vLLM open, with meta.json."""
     with new_folder(folder) as temporary:
@@ -2092,41 +2007,34 @@ def provenance() -> dict:
             "transformers": transformers.__version__, "numpy": np.__version__}
 
 
-def save_state(folder: Path, stage: str, step: int, state: dict) -> None:
-    """Write OUT/checkpoints/STAGE-STEP.pt, and keep the one before it.
-
-    No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
-    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of
-    the processes: a run may be resumed by more or fewer of them.
-    """
-    path = folder / f"{stage}-{step:07d}.pt"
-    try:
-        with evaluate.open_atomic(path, "wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{path}: {first_line(error.__context__ or error)}") from error
-    written = sorted(folder.glob(f"{stage}-*.pt"))
-    # What comes after this one by name was unreadable: it must not count as kept.
-    for old in written[: written.index(path) + 1][:-2]:
-        old.unlink()
+def files_inside(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of the given paths (empty ones aside) that lie in a folder, or are it."""
+    folder = folder.resolve()
+    return [name for name in names
+            if name and folder in (Path(name).resolve(), *Path(name).resolve().parents)]
 
 
-def last_state(folder: Path, stage: str) -> dict | None:
-    """The newest readable state of a stage, None when there is none; unreadable ones are named.
+# Settings that may differ between the parts of one job: they do not change its result, or what they
+# name is compared itself.
+FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "data", "eval_data", "device",
+                  "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "rollout_endpoint",
+                  "concurrency", "timeout_s", "run", "query", "docs", "prompt_file", "endpoint"}
 
-    If none of them can be read that is an error: starting anew would throw away what somebody may
-    still want.
-    """
-    found = sorted(folder.glob(f"{stage}-*.pt"), reverse=True)
-    for path in found:
-        try:  # several processes of a machine share one copy, of 12 bytes a trained parameter
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=processes()[1] > 1)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            print(f"note: {path} is unreadable ({first_line(error)}); trying the one before it")
-    if found:
-        raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read; delete"
-                         f" {stage}-*.pt there to begin the stage again")
-    return None
+
+def describe_task(cfg: Config, groups: Sequence[str], prompt: Prompt, **inputs) -> dict:
+    """All that decides the result of a job, of options those in the groups of its command."""
+    used = [f.name for f in dataclasses.fields(cfg)
+            if f.metadata["group"] in groups and f.name not in FREE_TO_CHANGE]
+    task = {name: getattr(cfg, name) for name in used} | {"prompt": prompt.hash, **inputs}
+    return json.loads(json.dumps(task))  # as it will be read back
+
+
+def refuse_change(where: Path, before: dict, now: dict) -> None:
+    """Raise ValueError where a job would go on as another one."""
+    for name, value in before.items():
+        if now.get(name) != value:
+            raise ValueError(f"{where} was begun with {name} {value!r}, not {now.get(name)!r};"
+                             " give the same, or start a new --out")
 
 
 class Log:
@@ -2134,43 +2042,35 @@ class Log:
 
     SHOWN = ("loss", "reward", "reward/ndcg", "reward/recall", "reward/alignment", "format_ok",
              "kl", "entropy", "completion_tokens", "truncated", "zero_spread", "clip_share",
-             "mismatch", "grad_norm", "lr", "tokens_per_s", "eval/ndcg@10", "eval/format_ok")
+             "mismatch", "grad_norm", "lr", "tokens_per_s", "eval/ndcg@10", "eval/format_ok",
+             "skipped", "dropped")
 
     def __init__(self, out: Path, every: int = 1):
-        self.metrics, self.samples, self.every = out / "metrics.jsonl", out / "samples.jsonl", every
+        self.files, self.every = (out / "metrics.jsonl", out / "samples.jsonl"), every
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drop the lines after (stage, step): a resumed run writes them again."""
-        for path in filter(Path.exists, (self.metrics, self.samples)):
-            kept = []
-            for line in path.read_text("utf-8").split("\n"):
-                with contextlib.suppress(ValueError):  # the half-written line of a killed run
-                    row = json.loads(line)
-                    earlier_stage = (row["stage"], stage) == ("sft", "grpo")
-                    if earlier_stage or (row["stage"] == stage and row["step"] <= step):
-                        kept.append(line + "\n")
-            with evaluate.open_atomic(path) as file:
-                file.writelines(kept)
+    def sizes(self) -> list[int]:
+        """Bytes of both files."""
+        return [path.stat().st_size if path.exists() else 0 for path in self.files]
 
-    def write(self, stage: str, step: int, n_steps: int, numbers: dict, eta_s: float = 0) -> None:
-        """Log one step, or one evaluation (keys that begin with eval/)."""
+    def cut(self, sizes: Sequence[int]) -> None:
+        """Drop what came after a checkpoint: a resumed run writes it again."""
+        for path, size in zip(self.files, sizes, strict=True):
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
+
+    def write(self, stage: str, step: int, n_steps: int, numbers: dict, eta_s: float = 0,
+              samples: Sequence[dict] = ()) -> None:
+        """Log one step, or one evaluation (keys that begin with eval/), and completions to read."""
         finite = {k: v for k, v in numbers.items() if math.isfinite(v)}  # JSON has no infinity
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
-        troubles = [name for name in ("skipped", "dropped") if numbers.get(name)]
-        if troubles or step % self.every == 0 or step in (1, n_steps):
-            shown = [f"{name.partition('/')[2] or name} {numbers[name]:.4g}"
-                     for name in (*self.SHOWN, *troubles) if name in numbers]
+        for path, rows in zip(self.files, ([finite], samples), strict=True):
+            append_json(path, *({"stage": stage, "step": step, **row} for row in rows))
+        trouble = numbers.get("skipped") or numbers.get("dropped")
+        if trouble or step % self.every == 0 or step in (1, n_steps):
+            shown = [f"{name.partition('/')[2] or name} {numbers[name]:.4g}" for name in self.SHOWN
+                     if name in numbers and (numbers[name] or name not in ("skipped", "dropped"))]
             kind = "held-out groups: " if "eval/ndcg@10" in numbers else ""
             left = f" | left {clock(eta_s)}" if eta_s else ""
             tqdm.write(f"{stage} {step}/{n_steps} | {kind}{' '.join(shown)}{left}")
-
-    def sample(self, stage: str, step: int, rows: Sequence[dict]) -> None:
-        """Keep a few completions for reading."""
-        with open(self.samples, "a", encoding="utf-8") as file:
-            for row in rows:
-                row = {"stage": stage, "step": step, **row}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def clock(seconds: float) -> str:
@@ -2182,7 +2082,7 @@ def clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """Yields a list that SIGINT and SIGTERM go into, to end after the step or batch in progress.
+    """Yields a list that SIGINT and SIGTERM go into, to end after the step in progress.
 
     A second one ends at once.
     """
@@ -2195,16 +2095,13 @@ def stop_on_signals() -> Iterator[list[int]]:
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nfinishing this step, then saving (once more: stop at once)\n")
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-                before[number] = signal.signal(number, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup sets it
     try:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler)
 
 
 # --- Who answers: a local model, or servers -------------------------------------------------------
@@ -2264,13 +2161,12 @@ class LocalModel:
 
     def __init__(self, model, tokenizer, machine: Machine, cfg: Config):
         self.model, self.tokenizer, self.machine, self.cfg = model.eval(), tokenizer, machine, cfg
-        self.why_not_shared = share_prompts(model)
+        share_prompts(model)
         listed = model.generation_config.eos_token_id
         listed = listed if isinstance(listed, list) else [listed]
         self.end_ids = sorted({tokenizer.eos_token_id, *listed} - {None})  # all that end an answer
-        room = cfg.max_prompt_tokens
-        if context := getattr(model.get_decoder().config, "max_position_embeddings", None):
-            room = min(room, context - cfg.max_new_tokens)
+        context = getattr(model.get_decoder().config, "max_position_embeddings", None) or math.inf
+        room = min(cfg.max_prompt_tokens, context - cfg.max_new_tokens)
         if room <= 0:
             raise ValueError(f"the model's context of {context} tokens has no room for"
                              f" --max-new-tokens {cfg.max_new_tokens}; lower it")
@@ -2297,44 +2193,37 @@ class LocalModel:
         return int(gib * 2**30 / (2 * config.num_hidden_layers * n_heads * width * size))
 
     def sample(self, prompts: Sequence[list[int]], seeds, temperature: float = 1.0,
-               top_p: float = 1.0, progress: tqdm | None = None) -> list[list[list[int]]]:
+               top_p: float = 1.0) -> list[list[list[int]]]:
         """Answers to prompts, longest first, in waves that fit the cache.
 
-        A wave without memory is tried once more with half the cache; then its prompts get none.
+        A wave without memory is decoded in halves; a prompt that does not fit alone gets none.
         """
         self.model.eval()
-        shared, length = shares_prompts(self.model), self.cfg.max_new_tokens
         answers: list[list[list[int]]] = [[] for _ in prompts]
-        todo = [(list(range(len(prompts))), self.cache_tokens(), True)] if prompts else []
-        while todo:
-            chosen, budget, again = todo.pop()
-            sizes = [len(prompts[b]) for b in chosen]
-            for wave in plan_waves(sizes, len(seeds[0]), length, budget, shared):
-                some = [chosen[i] for i in wave]
-                rows = self.decode([prompts[b] for b in some], [seeds[b] for b in some],
-                                   temperature, top_p)
-                if rows is None and again:
-                    todo.append((some, budget // 2, False))
-                for b, row in zip(some, rows or (), strict=bool(rows)):
-                    answers[b] = row
-                if progress is not None:
-                    progress.update(len(some) * len(seeds[0]) * (rows is not None or not again))
+        progress = tqdm(total=len(prompts), desc="prompts", disable=None, leave=False)
+        shares = shares_prompts(self.model)
+        decode = sample_answers if shares else generate_answers
+        waves = plan_waves([len(p) for p in prompts], len(seeds[0]) if seeds else 0,
+                           self.cfg.max_new_tokens, self.cache_tokens(), shares)
+        while waves:
+            wave, rows = waves.pop(0), ()
+            try:
+                with self.machine.autocast():
+                    rows = decode(self.model, [prompts[b] for b in wave], [seeds[b] for b in wave],
+                                  max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
+                                  temperature=temperature, top_p=top_p)
+            except torch.OutOfMemoryError:
+                print_once("note: out of memory while decoding, which costs time and may cost"
+                           " answers: lower --cache-gib")
+                half = len(wave) // 2
+                waves[:0] = [wave[:half], wave[half:]] if half else []
+            for b, row in zip(wave, rows, strict=False):
+                answers[b] = row
+            progress.update(len(rows))
+        progress.close()
         return answers
 
-    def decode(self, prompts, seeds, temperature: float, top_p: float):
-        """One wave; None where memory runs out."""
-        decode = sample_answers if shares_prompts(self.model) else generate_answers
-        try:
-            with self.machine.autocast():
-                return decode(self.model, prompts, seeds, max_new_tokens=self.cfg.max_new_tokens,
-                              end_ids=self.end_ids, temperature=temperature, top_p=top_p)
-        except torch.OutOfMemoryError:
-            print_once("note: out of memory while decoding, which costs time and may cost answers:"
-                       " lower --cache-gib")
-            return None
-
-    def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
-                 progress: tqdm | None = None) -> list[Completion]:
+    def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats."""
         prompts, answers = {}, {}
         for i, chat in enumerate(chats):
@@ -2342,8 +2231,8 @@ class LocalModel:
                 prompts[i] = self.encoder.encode(chat.prompt, chat.query, chat.texts)[0]
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
-        found = self.sample(list(prompts.values()), [[chats[i].seed] for i in prompts], temperature,
-                            top_p, progress)
+        found = self.sample(list(prompts.values()), [[chats[i].seed] for i in prompts],
+                            temperature, top_p)
         for i, rows in zip(prompts, found, strict=True):
             answers[i] = Completion("", error="out of memory", hopeless=True)
             if rows:
@@ -2353,9 +2242,9 @@ class LocalModel:
 
 
 @functools.cache
-def print_once(words: str, file: TextIO | None = None) -> None:
-    """Print words, unless this process did."""
-    print(words, file=file, flush=True)
+def print_once(words: str) -> None:
+    """Warn, unless this process did in the same words."""
+    print(words, file=sys.stderr, flush=True)
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -2398,8 +2287,7 @@ class Endpoint:
         self.lock, self.in_flight = threading.Lock(), Counter()
         self.rests_until = dict.fromkeys(self.urls, 0.0)  # on time.monotonic()'s clock
 
-    def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float,
-                 progress: tqdm | None = None) -> list[Completion]:
+    def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
         n_letters = 4 * self.cfg.max_doc_tokens  # of a document: the server tokenises, not we
         return self.ask_all([
@@ -2407,22 +2295,25 @@ class Endpoint:
              "messages": chat_messages(chat.prompt, chat.query,
                                        [text[:n_letters] for text in chat.texts]),
              "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
-            for chat in chats], progress)
+            for chat in chats])
 
-    def ask_all(self, bodies: Sequence[dict], progress: tqdm | None = None) -> list[Completion]:
+    def ask_all(self, bodies: Sequence[dict]) -> list[Completion]:
         """Send all requests, `concurrency` at a time; results are in their order."""
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency) as pool:
             answers = [pool.submit(self.ask, body, stop) for body in bodies]
             try:
-                for answer in concurrent.futures.as_completed(answers):
+                for answer in tqdm(concurrent.futures.as_completed(answers), "answers",
+                                   len(answers), disable=None, leave=False):
                     answer.result()  # raises what no other request would get around
-                    if progress is not None:
-                        progress.update()
             finally:  # after an error or Ctrl-C: what is in flight ends, nothing is tried again
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         return [answer.result() for answer in answers]
+
+    def ready(self) -> list[str]:
+        """The servers that do not rest."""
+        return [url for url, until in self.rests_until.items() if until <= time.monotonic()]
 
     def ask(self, body: dict, stop: threading.Event) -> Completion:
         """One request, tried again with growing pauses on 408, 429, 5xx, time-outs, half answers.
@@ -2433,9 +2324,7 @@ class Endpoint:
         jitter = random.Random(body["seed"])
         for attempt in range(self.tries):
             with self.lock:
-                now = time.monotonic()
-                ready = [url for url in self.urls if self.rests_until[url] <= now]
-                url = min(ready or self.urls, key=lambda url: self.in_flight[url])
+                url = min(self.ready() or self.urls, key=lambda url: self.in_flight[url])
                 self.in_flight[url] += 1
             try:
                 answer = self.read(json.loads(self.post(url + self.PATH, body)), body)
@@ -2449,13 +2338,12 @@ class Endpoint:
                     self.in_flight[url] -= 1
             if code in self.FATAL:
                 raise ValueError(f"{url} answered {fault}: {words}")
-            print_once(f"note: {url} answered {fault}: {words}", sys.stderr)
+            print_once(f"note: {url} answered {fault}: {words}")
             if code < 500 and code not in self.AGAIN:
                 return Completion("", error=fault, hopeless=True)
-            pause_s = self.backoff_s * 2**attempt * (0.5 + jitter.random())
-            pause_s = min(after_s or pause_s, self.LONGEST_PAUSE_S)
-            ready = any(rest <= time.monotonic() for rest in self.rests_until.values())
-            if attempt + 1 == self.tries or stop.wait(0.0 if ready else pause_s):
+            pause_s = after_s or self.backoff_s * 2**attempt * (0.5 + jitter.random())
+            pause_s = 0.0 if self.ready() else min(pause_s, self.LONGEST_PAUSE_S)
+            if attempt + 1 == self.tries or stop.wait(pause_s):
                 break
         return Completion("", error=f"{fault} ({attempt + 1} tries)")
 
@@ -2475,10 +2363,10 @@ class Endpoint:
 
     def post(self, url: str, body: dict) -> bytes:
         """Send one request and return the answer; a silence of --timeout-s ends it."""
-        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
         if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         with self.opener.open(request, timeout=self.cfg.timeout_s) as response:
             return response.read()
 
@@ -2508,36 +2396,31 @@ class RolloutServers(Endpoint):
         super().__init__(" ".join(cfg.rollout_endpoint), "", cfg, **options)
         self.run = random.SystemRandom().randbytes(4).hex()  # a resumed run may not meet old names
         self.folder, self.end_ids, self.eos_id = out / "rollouts", list(end_ids), eos_id
-        number, n_processes = processes()  # with few prompts each, all would ask the first servers
-        first = number * len(self.urls) // n_processes
-        self.urls = self.urls[first:] + self.urls[:first]
 
     def load_adapter(self, model, step: int) -> str:
         """Have every server load the adapter as it is now; returns the name that it goes by."""
-        name, old = f"{self.run}-{step:07d}", self.model
-        if name == old:
+        name = f"{self.run}-{step:07d}"
+        if name == self.model:
             return name
-        if not old:  # what a stopped run left
-            shutil.rmtree(self.folder, ignore_errors=True)
+        # What stood there before: the last step's, or all that a stopped run left.
+        shutil.rmtree(self.folder, ignore_errors=True)
         save_adapter(model, self.folder / name, self.cfg.model)
+        body = {"lora_name": name, "lora_path": str((self.folder / name).resolve())}
         with concurrent.futures.ThreadPoolExecutor(len(self.urls)) as pool:  # one may hang
-            errors = list(pool.map(lambda url: self.load_on(url, name), self.urls))
-        if all(errors):
+            faults = list(pool.map(lambda url: self.load_on(url, body), self.urls))
+        if all(faults):
             raise ValueError(f"no --rollout-endpoint could load the adapter {self.folder / name}:"
-                             f" {self.urls[0]}: {errors[0]}; start vLLM as the README says")
-        for url, error in zip(self.urls, errors, strict=True):
-            if error:
-                print(f"note: {url} did not load the adapter of step {step}: {error}", flush=True)
-        if old:
-            for url in self.urls:
-                with contextlib.suppress(*self.FAULTS):  # it never loaded it, or was started anew
-                    self.post(f"{url}/unload_lora_adapter", {"lora_name": old})
-            shutil.rmtree(self.folder / old)
+                             f" {self.urls[0]}: {faults[0]}; start vLLM as the README says")
+        for url, fault in zip(self.urls, faults, strict=True):
+            if fault:
+                print(f"note: {url} did not load the adapter of step {step}: {fault}", flush=True)
         return name
 
-    def load_on(self, url: str, name: str) -> str:
-        """Have a server load an adapter; returns "", or what went wrong in the end."""
-        body = {"lora_name": name, "lora_path": str((self.folder / name).resolve())}
+    def load_on(self, url: str, body: dict) -> str:
+        """Have a server load an adapter and forget the one before; "", or what went wrong."""
+        if self.model:
+            with contextlib.suppress(*self.FAULTS):  # it never loaded it, or was started anew
+                self.post(f"{url}/unload_lora_adapter", {"lora_name": self.model})
         for attempt in range(3):
             try:
                 self.post(f"{url}/load_lora_adapter", body)
@@ -2572,32 +2455,26 @@ class RolloutServers(Endpoint):
 
     def read(self, answer: dict, body: dict) -> Completion:
         """The answers as token ids with log-probabilities; ValueError where they cannot be used."""
-        if answer["model"] != body["model"] or len(answer["choices"]) != body["n"]:
-            raise ValueError(f"{len(answer['choices'])} answers by {answer['model']} instead of"
+        choices, sampled = answer["choices"], []
+        if answer["model"] != body["model"] or len(choices) != body["n"]:
+            raise ValueError(f"{len(choices)} answers by {answer['model']} instead of"
                              f" {body['n']} by {body['model']}")
-        return Completion("", sampled=tuple(map(self.read_choice, answer["choices"])))
-
-    def read_choice(self, choice: dict) -> Sampled:
-        """One answer in tokens, with NaN where the server told no log-probability."""
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise ValueError(f"an answer ended with {choice['finish_reason']!r}")
-        ids, told = choice["token_ids"], (choice.get("logprobs") or {}).get("token_logprobs") or []
-        if choice["finish_reason"] == "stop" and (not ids or ids[-1] not in self.end_ids):
-            ids = [*ids, self.eos_id]  # some servers leave the end token out
-        if not ids or not all(type(i) is int for i in ids):
-            raise ValueError("an answer without tokens")
-        told = [math.nan if x is None else float(x) for x in told[: len(ids)]]
-        return Sampled(ids, told + [math.nan] * (len(ids) - len(told)))
+        for choice in choices:
+            ids, reason = choice["token_ids"], choice["finish_reason"]
+            if reason == "stop" and (not ids or ids[-1] not in self.end_ids):
+                ids = [*ids, self.eos_id]  # some servers leave the end token out
+            if reason not in ("stop", "length") or not ids or {type(i) for i in ids} != {int}:
+                raise ValueError(f"an answer of {len(ids)} tokens that ended with {reason!r}")
+            told = (choice.get("logprobs") or {}).get("token_logprobs") or []
+            told = [math.nan if x is None else float(x) for x in told[: len(ids)]]
+            sampled.append(Sampled(ids, told + [math.nan] * (len(ids) - len(told))))
+        return Completion("", sampled=tuple(sampled))
 
 
 # --- A training run -------------------------------------------------------------------------------
 
 # Settings that a model brings with it: --rerank takes them from meta.json unless they are given.
 LIMITS = ("method", "docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
-# Settings that may differ between the parts of one run without changing its result.
-FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "data", "eval_data", "device",
-                  "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "rollout_endpoint",
-                  "concurrency", "timeout_s"}
 MOST_SKIPPED = 10  # optimizer steps in a row without an update before a run stops
 
 
@@ -2640,17 +2517,17 @@ class Run:
     def reward(self, ids: Sequence[int], gold: Sequence[float]) -> Reward:
         """The reward of an answer (Eq. 4-6)."""
         weights = {name: getattr(self.cfg, name) for name in (
-            "relevance_level", "ndcg_weight", "recall_weight", "align_weight", "rbo_weight")}
+            "relevance_level", "ndcg_weight", "recall_weight", "align_weight")}
         return score_completion(self.local.text(ids, special=True), gold, **weights)
 
-    def save(self, name: str, stage: str, step: int = 0, numbers: dict | None = None) -> None:
+    def save(self, name: str, stage: str, numbers: dict | None = None) -> None:
         """Write the model into OUT/name, or OUT itself, with all that --rerank asks it with."""
         if not is_first():
             return
-        meta = {"stage": stage, "step": step, "metrics": numbers or {},
+        meta = {"stage": stage, "step": self.step, "metrics": numbers or {},
                 "prompt": dataclasses.asdict(self.prompt), "prompt_hash": self.prompt.hash,
                 **{name: getattr(self.cfg, name) for name in LIMITS},
-                "config": dataclasses.asdict(self.cfg), "data": self.record["data"],
+                "config": dataclasses.asdict(self.cfg), "data": self.record["task"]["data"],
                 "command": sys.argv[1:], "versions": provenance()}
         folder = self.out / (name or "final.tmp")
         save_model(self.model, self.local.tokenizer, folder, meta)
@@ -2714,106 +2591,71 @@ def check_packing(policy: Policy, machine: Machine, prompt: list[int]) -> None:
 def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optimizer) -> int:
     """The largest --max-tokens-per-pass, halved from what is asked, with which training fits.
 
-    Tries the largest pass that the stage can meet: what would fail after hours fails in the first
-    minute.
+    Tries the largest pass that the stage can meet, with all that a step holds, and keeps nothing of
+    it: what would fail after hours fails in the first minute.
     """
     sft, length = n_answers == 1, run.cfg.max_new_tokens
     longest = max(items, key=lambda item: len(item.prompt) + (len(item.response) if sft else 0))
     prompt = longest.prompt
     answer = longest.response if sft else (prompt * length)[:length]
     n_tokens = run.cfg.max_tokens_per_pass
+    run.model.train()  # gradient checkpointing works in this mode alone
     while True:
         n_fitting = max((n_tokens - len(prompt)) // len(answer), 1)
         block = (prompt, [answer] * min(n_answers, n_fitting))
         size = len(prompt) + len(answer) * len(block[1])
-        if pass_fits(run, [block] * max(n_tokens // size, 1), reference, optimizer):
+        blocks = [block] * max(n_tokens // size, 1)
+        zeros = torch.zeros(len(blocks) * (size - len(prompt)), device=run.model.device)
+        moments = []
+        try:
+            moments += [torch.zeros_like(w) for w in optimizer.weights.values() for _ in range(2)]
+            grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
             return n_tokens
-        if n_tokens <= len(prompt) + len(answer):
-            raise ValueError(
-                f"one prompt of {len(prompt)} tokens with one answer of {len(answer)} does not fit"
-                " into the device's memory: lower --max-prompt-tokens, --max-new-tokens or"
-                " --docs-per-group, use LoRA, --grad-checkpointing on, or a larger device")
+        except torch.OutOfMemoryError:
+            if n_tokens <= len(prompt) + len(answer):
+                raise ValueError(
+                    f"one prompt of {len(prompt)} tokens with one answer of {len(answer)} does not"
+                    " fit into the device's memory: lower --max-prompt-tokens, --max-new-tokens or"
+                    " --docs-per-group, use LoRA, --grad-checkpointing on, or a larger device"
+                ) from None
+        finally:
+            optimizer.adam.zero_grad(set_to_none=True)
         n_tokens //= 2
 
 
-def pass_fits(run: Run, blocks: Sequence[Block], reference, optimizer: Optimizer) -> bool:
-    """Whether memory suffices for a pass, with all that a step holds; nothing of it stays."""
-    n_tokens = sum(len(ids) for _, answers in blocks for ids in answers)
-    zeros = torch.zeros(n_tokens, device=run.model.device)
-    run.model.train()  # gradient checkpointing works in this mode alone
+def read_state(path: Path) -> dict | None:
+    """A checkpoint, or None where there is none. One that cannot be read is not taken for none."""
     try:
-        moments = [torch.zeros_like(w) for w in optimizer.weights.values() for _ in range(2)]
-        grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
-        return len(moments) > 0
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        optimizer.adam.zero_grad(set_to_none=True)
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); delete it to begin the"
+                         " stage again") from None
 
 
-def run_stage(run: Run, stage: str, stop: list[int]) -> None:
-    """The steps of SFT or GRPO: take one, log, evaluate, keep the best, save; or go on from there.
+def save_state(run: Run, stage: str, optimizer: Optimizer) -> None:
+    """Write OUT/checkpoints/STAGE.pt, whole or not at all.
 
-    stop: the signals that came.
+    No random state is saved, as none is used: batches, rollouts and adapters are drawn from streams
+    that are functions of (seed, step, row id, rollout number), and dropout is off. Nor anything of
+    the processes: a run may be resumed by more or fewer of them.
     """
-    cfg, sft, machine = run.cfg, stage == "sft", run.local.machine
-    items = [i for i in run.items if (i.response if sft else i.gold) is not None]
-    epochs, batch = ((cfg.sft_epochs, cfg.sft_batch) if sft else
-                     (cfg.grpo_epochs, cfg.prompts_per_step))
-    n_steps, n_skipped = math.ceil(epochs * len(items) / batch), 0
-    print(f"{stage}: {len(items)} rows, {n_steps} steps of {batch} rows"
-          + ("" if sft else f" x {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch}"
-             " update(s) each"), flush=True)
-    set_up_training(run.model, cfg, machine)
-    optimizer = Optimizer(run.model, machine)
-    reference = None if sft or not cfg.kl_coef else make_reference(run.policy, machine)
-    start_stage(run, stage, items, reference, optimizer)
-    hidden = not (is_first() and sys.stderr.isatty())
-    asked = max([0, *itertools.chain(*gather(stop))])  # perhaps of some processes only
-    for step in tqdm(range(run.step, n_steps), stage, disable=hidden, initial=run.step):
-        if asked:
-            print(f"stopped before {stage} step {step + 1}; to go on, repeat the command with"
-                  f" --resume --out {run.out}", flush=True)
-            raise SystemExit(128 + asked)
-        started, chosen = time.perf_counter(), shuffled_batch(
-            len(items), step, batch, (cfg.seed, 1 if sft else 2))
-        rows = [items[i] for i in chosen]
-        done = take_step(run, rows, stage, step, n_steps, reference, optimizer)
-        numbers, seconds = add_up(done), time.perf_counter() - started
-        n_read = sum(len(item.prompt) for item in rows) + numbers.pop("n_tokens")
-        numbers |= {"seconds": seconds, "tokens_per_s": n_read / seconds}
-        run.step, run.seconds[stage] = step + 1, run.seconds.get(stage, 0.0) + seconds
-        if is_first():
-            left_s = run.seconds[stage] / run.step * (n_steps - run.step)
-            run.log.write(stage, run.step, n_steps, numbers, left_s)
-            if step % 10 == 0:
-                run.log.sample(stage, run.step, [
-                    {"id": id, "text": run.local.text(ids, True), "reward": vars(reward)}
-                    for id, ids, reward in done.samples])
-        n_skipped = n_skipped + 1 if numbers["skipped"] else 0
-        if n_skipped == MOST_SKIPPED:
-            raise ValueError(f"{stage} step {run.step}: {n_skipped} steps in a row moved nothing,"
-                             " as their loss or gradient was not finite or nothing was answered;"
-                             f" the last one saw the rows {[item.id for item in rows]}")
-        last = run.step == n_steps
-        if last or (cfg.eval_every and run.step % cfg.eval_every == 0):
-            keep_best(run, stage, n_steps)
-        asked = max([0, *itertools.chain(*gather(stop))])
-        if asked or (cfg.save_every and (last or run.step % cfg.save_every == 0)):
-            state = {"step": run.step, "best": run.best, "seconds": run.seconds,
-                     "shared": shares_prompts(run.model), **optimizer.state()}
-            on_first(save_state, run.out / "checkpoints", stage, run.step, state)
-    run.model.eval()
+    state = {"step": run.step, "best": run.best, "seconds": run.seconds, "log": run.log.sizes(),
+             "shared": shares_prompts(run.model), **optimizer.state()}
+    path = run.out / "checkpoints" / f"{stage}.pt"
+    try:
+        with evaluate.open_atomic(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path}: {first_line(error.__context__ or error)}") from error
 
 
 def start_stage(run: Run, stage: str, items, reference, optimizer: Optimizer) -> None:
     """What comes before the first step: the last checkpoint, and what is found out early."""
     model, machine, cfg = run.model, run.local.machine, run.cfg
-    run.step = 0
-    if state := last_state(run.out / "checkpoints", stage) if cfg.resume else None:
+    state = read_state(run.out / "checkpoints" / f"{stage}.pt")
+    run.step = state["step"] if state else 0
+    if state:
         optimizer.load(state)
-        run.step, run.best = state["step"], state["best"]
-        run.seconds |= state["seconds"]
         # Half precision could decide the other way this time, and the run would not be the same.
         model.get_decoder().config._attn_implementation = SHARED if state["shared"] else "sdpa"
         print(f"{stage}: goes on after step {run.step}")
@@ -2826,41 +2668,86 @@ def start_stage(run: Run, stage: str, items, reference, optimizer: Optimizer) ->
             print(f"memory suffices for --max-tokens-per-pass {n_tokens}")
             run.cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
             run.record["max_tokens_per_pass"] = n_tokens
-            if is_first():
-                write_json(run.out / "run.json", run.record)
-    if is_first():
-        run.log.rewind(stage, run.step)
+            on_first(write_json, run.out / "run.json", run.record)
+
+
+def run_stage(run: Run, stage: str, stop: list[int]) -> None:
+    """The steps of SFT or GRPO: take one, log, evaluate, keep the best, save; or go on from there.
+
+    stop: the signals that came.
+    """
+    cfg, sft = run.cfg, stage == "sft"
+    items = [i for i in run.items if (i.response if sft else i.gold) is not None]
+    epochs, batch = ((cfg.sft_epochs, cfg.sft_batch) if sft else
+                     (cfg.grpo_epochs, cfg.prompts_per_step))
+    n_steps, n_skipped = math.ceil(epochs * len(items) / batch), 0
+    print(f"{stage}: {len(items)} rows, {n_steps} steps of {batch} rows"
+          + ("" if sft else f" x {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch}"
+             " update(s) each"), flush=True)
+    set_up_training(run.model, cfg, run.local.machine)
+    optimizer = Optimizer(run.model, run.local.machine)
+    reference = None if sft or not cfg.kl_coef else make_reference(run.policy, run.local.machine)
+    start_stage(run, stage, items, reference, optimizer)
+    hidden = not (is_first() and sys.stderr.isatty())
+    for step in tqdm(range(run.step, n_steps), stage, disable=hidden, initial=run.step):
+        started = time.perf_counter()
+        chosen = shuffled_batch(len(items), step, batch, (cfg.seed, 1 if sft else 2))
+        rows = [items[i] for i in chosen]
+        numbers, samples = take_step(run, rows, stage, step, n_steps, reference, optimizer)
+        seconds = time.perf_counter() - started
+        n_read = sum(len(item.prompt) for item in rows) + numbers.pop("n_tokens")
+        numbers |= {"seconds": seconds, "tokens_per_s": n_read / seconds}
+        run.step, run.seconds[stage] = step + 1, run.seconds.get(stage, 0.0) + seconds
+        if is_first():
+            left_s = run.seconds[stage] / run.step * (n_steps - run.step)
+            run.log.write(stage, run.step, n_steps, numbers, left_s, [
+                {"id": id, "text": run.local.text(ids, True), "reward": vars(reward)}
+                for id, ids, reward in samples if step % 10 == 0])
+        n_skipped = n_skipped + 1 if numbers["skipped"] else 0
+        if n_skipped == MOST_SKIPPED:
+            raise ValueError(f"{stage} step {run.step}: {n_skipped} steps in a row moved nothing,"
+                             " as their loss or gradient was not finite or nothing was answered;"
+                             f" the last one saw the rows {[item.id for item in rows]}")
+        last = run.step == n_steps
+        if last or (cfg.eval_every and run.step % cfg.eval_every == 0):
+            keep_best(run, stage, n_steps)
+        asked = max([0, *itertools.chain(*gather(stop))])  # perhaps of some processes only
+        if asked or last or (cfg.save_every and run.step % cfg.save_every == 0):
+            on_first(save_state, run, stage, optimizer)
+        if asked:
+            print(f"stopped after {stage} step {run.step}; to go on, repeat the command with"
+                  f" --resume --out {run.out}", flush=True)
+            raise SystemExit(128 + asked)
+    run.model.eval()
 
 
 def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, reference,
-              optimizer: Optimizer) -> Step:
-    """One optimizer step on a batch of rows."""
+              optimizer: Optimizer) -> tuple[dict, Sequence]:
+    """One optimizer step on a batch of rows; its numbers over all processes, and some answers."""
     cfg = run.cfg
     if stage == "sft":
         lr = learning_rate(step, n_steps, cfg.sft_lr, cfg.sft_warmup, "cosine")
-        return sft_step(run.policy, optimizer, my_share, rows, lr, cfg.max_tokens_per_pass)
-    lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
-    seeds = rollout_seeds(rows, cfg.seed, step, cfg.rollouts_per_prompt)
-    done = grpo_step(run.policy, reference, optimizer, run.answer, run.reward, my_share, rows,
-                     seeds, lr, run.local.end_ids, cfg)
-    done.numbers["rollout_s"] = run.rollout_s
-    if step == 0 and reference is not None and cfg.updates_per_batch == 1:
-        tolerance = 1e-6 if run.local.machine.dtype == torch.float32 else 1e-2
-        # NaN is not our bug: such a step was skipped and counted.
-        assert not done.sums["kl"] > tolerance * done.sums["tokens"], "KL before the first step"
-    return done
-
-
-def add_up(done: Step) -> dict:
-    """The numbers of a step, its sums over all processes divided by their counts."""
+        done = sft_step(run.policy, optimizer, my_share, rows, lr, cfg.max_tokens_per_pass)
+    else:
+        lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
+        seeds = rollout_seeds(rows, cfg.seed, step, cfg.rollouts_per_prompt)
+        done = grpo_step(run.policy, reference, optimizer, run.answer, run.reward, my_share, rows,
+                         seeds, lr, run.local.end_ids, cfg)
+        done.numbers["rollout_s"] = run.rollout_s
     total: Counter = Counter()
     for sums in gather(done.sums):
         total.update(sums)
-    n_tokens, told = max(total.pop("tokens", 1), 1), total.pop("told", 0)
-    numbers, mismatch = {"loss": total.pop("loss")}, total.pop("mismatch", 0.0)
-    if told:
-        numbers["mismatch"] = mismatch / told
-    return numbers | done.numbers | {name: x / n_tokens for name, x in total.items()}
+    n_tokens, n_told = max(total.pop("tokens", 1), 1), total.pop("told", 0)
+    numbers = {"loss": total.pop("loss"), **done.numbers}
+    mismatch = total.pop("mismatch", 0.0)
+    if n_told:
+        numbers["mismatch"] = mismatch / n_told
+    numbers |= {name: x / n_tokens for name, x in total.items()}
+    if step == 0 and reference is not None and cfg.updates_per_batch == 1:
+        tolerance = 1e-6 if run.local.machine.dtype == torch.float32 else 1e-2
+        # NaN is not our bug: such a step was skipped and counted.
+        assert not numbers.get("kl", 0) > tolerance, "KL before the first step"
+    return numbers, done.samples
 
 
 def keep_best(run: Run, stage: str, n_steps: int) -> None:
@@ -2880,14 +2767,19 @@ def keep_best(run: Run, stage: str, n_steps: int) -> None:
         run.log.write(stage, run.step, n_steps, numbers)
     if numbers["eval/ndcg@10"] > run.best:
         run.best = numbers["eval/ndcg@10"]
-        run.save("best", stage, run.step, numbers)
+        run.save("best", stage, numbers)
 
 
 def run_stages(run: Run, sft_done: bool, stop: list[int]) -> None:
     """SFT unless it is done, GRPO, and the final model, as --stage says."""
     cfg, model, out = run.cfg, run.model, run.out
-    if sft_done and (state := last_state(out / "checkpoints", "sft")):
-        run.best, run.seconds = state["best"], state["seconds"]
+    if cfg.resume:  # the later state knows all of the earlier one; lines after it are written again
+        checkpoints = out / "checkpoints"
+        state = read_state(checkpoints / "grpo.pt") or read_state(checkpoints / "sft.pt")
+        if state:
+            run.best, run.seconds = state["best"], state["seconds"]
+        if is_first():
+            run.log.cut(state["log"] if state else (0, 0))
     if cfg.stage in ("sft", "both") and not sft_done:
         run_stage(run, "sft", stop)
         # GRPO's reference is the SFT model: with LoRA, that is the merged one.
@@ -2913,33 +2805,32 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
     """
     from safetensors import SafetensorError
 
-    started = time.perf_counter()
-    rows = read_rows(cfg.data)
-    eval_rows = read_rows(cfg.eval_data) if cfg.eval_data else []
-    machine = pick_machine(cfg.device, cfg.precision)
-    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    started, machine = time.perf_counter(), pick_machine(cfg.device, cfg.precision)
+    rows, eval_rows = (read_rows(path) if path else [] for path in (cfg.data, cfg.eval_data))
     sft_done = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
-    model = load_model(str(out / "sft") if sft_done else cfg.model, machine,
-                       trainable=cfg.lora_rank == 0, trust_remote_code=cfg.trust_remote_code)
+    model, tokenizer = load_model(str(out / "sft") if sft_done else cfg.model, machine,
+                                  trainable=cfg.lora_rank == 0)
     local = LocalModel(model, tokenizer, machine, cfg)
     items, counts = encode_rows(rows, local.encoder, prompt, cfg.max_new_tokens)
     eval_items, _ = encode_rows(eval_rows, local.encoder, prompt, cfg.max_new_tokens)
     check_run(cfg, out, items, eval_items)
-    record = on_first(record_run, cfg, prompt, out)
-    n_tokens = record["max_tokens_per_pass"] or (32768 if machine.device.type == "cuda" else 4096)
-    cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
-    spare_threads(model)
-    servers = None
-    if cfg.rollout_endpoint:
-        servers = RolloutServers(cfg, out, local.end_ids, tokenizer.eos_token_id)
-    policy = Policy(model, functools.partial(machine.autocast, cache=False))
-    run = Run(cfg, out, prompt, local, policy, Log(out, log_every), items, eval_items, record,
-              servers)
-    describe_run(run, counts)
     try:
-        with open_alone(out / "run.json") if is_first() else contextlib.nullcontext():
-            with stop_on_signals() as stop:
-                run_stages(run, sft_done, stop)
+        with contextlib.ExitStack() as stack:
+            if is_first():
+                stack.enter_context(open_alone(out / "metrics.jsonl"))
+            record = on_first(record_run, cfg, prompt, out)
+            n_tokens = record["max_tokens_per_pass"] or (
+                32768 if machine.device.type == "cuda" else 4096)
+            cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
+            spare_threads(model)
+            servers = None
+            if cfg.rollout_endpoint:
+                servers = RolloutServers(cfg, out, local.end_ids, tokenizer.eos_token_id)
+            policy = Policy(model, functools.partial(machine.autocast, cache=False))
+            run = Run(cfg, out, prompt, local, policy, Log(out, log_every), items, eval_items,
+                      record, servers)
+            describe_run(run, counts)
+            run_stages(run, sft_done, stack.enter_context(stop_on_signals()))
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: writing failed ({first_line(error)}); the checkpoints there are"
                       " whole: make room, then repeat the command with --resume") from error
@@ -2966,13 +2857,6 @@ def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_items: Sequenc
         raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
 
 
-def files_inside(folder: Path, names: Sequence[str]) -> list[str]:
-    """Those of the given paths (empty ones aside) that lie in a folder, or are it."""
-    folder = folder.resolve()
-    return [name for name in names
-            if name and folder in (Path(name).resolve(), *Path(name).resolve().parents)]
-
-
 def claim_output(cfg: Config, name: str) -> Path:
     """The run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ..."""
     tries = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
@@ -2988,50 +2872,44 @@ def claim_output(cfg: Config, name: str) -> Path:
     return out
 
 
-def clear_output(cfg: Config, out: Path) -> None:
-    """Make the run's folder; with --overwrite the old run in it goes, once all input was read."""
-    if (out / "run.json").exists():
-        open_alone(out / "run.json").close()  # not while another process trains there
-    if cfg.overwrite and out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+def clear_output(out: Path) -> None:
+    """Delete an old run, but for metrics.jsonl: it is emptied, as the lock is on it."""
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name == "metrics.jsonl":
+            os.truncate(path, 0)
+        else:
+            path.unlink()
 
 
 def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
-    """Write run.json, or on --resume check that settings and data are those of the first start.
+    """Write run.json, or on --resume check that the task is that of the first start.
 
     Returns what run.json holds, with the --max-tokens-per-pass to use.
     """
     hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
               for name in (cfg.data, cfg.eval_data) if name]
-    record = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "prompt": prompt.hash,
-              "data": hashes, "max_tokens_per_pass": cfg.max_tokens_per_pass,
-              "command": sys.argv[1:], "versions": provenance()}
+    record = {"task": describe_task(cfg, (BOTH, TRAIN, SFT, GRPO), prompt, data=hashes),
+              "max_tokens_per_pass": cfg.max_tokens_per_pass, "command": sys.argv[1:],
+              "versions": provenance()}
     path = out / "run.json"
     if not cfg.resume:
-        clear_output(cfg, out)
+        if cfg.overwrite:
+            clear_output(out)
         write_json(path, record)
         return record
-    open_alone(path).close()  # before anything there is changed
     before = json.loads(path.read_text(encoding="utf-8"))
-    if before["versions"]["grouprank"].partition(".")[0] != VERSION.partition(".")[0]:
+    if "task" not in before:
         raise ValueError(f"{out} was written by an older edition, whose runs cannot be continued;"
                          " start a new --out")
-    for name, value in before["config"].items():
-        now = record["config"].get(name)
-        if name not in FREE_TO_CHANGE and now != value:
-            raise ValueError(f"{out} was trained with {flag(name)} {value}, not {now};"
-                             " resume with the same settings or start a new --out")
-    for name in ("data", "prompt"):
-        if before[name] != record[name]:
-            raise ValueError(f"the {name} changed since {out} was started; start a new --out")
+    refuse_change(out, before["task"], record["task"])
     if before["versions"] != record["versions"]:
         print(f"note: the end may not be bit-identical: the run was started with"
               f" {before['versions']}")
     for left in (*out.rglob(".*.tmp"), *out.glob("final.tmp")):  # by a killed process
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    if cfg.max_tokens_per_pass != before["config"]["max_tokens_per_pass"]:  # given anew
-        before["max_tokens_per_pass"] = cfg.max_tokens_per_pass
+    before["max_tokens_per_pass"] = cfg.max_tokens_per_pass or before["max_tokens_per_pass"]
     return before
 
 
@@ -3048,27 +2926,21 @@ def describe_run(run: Run, counts: Counter) -> None:
           f"output: {run.out}\n\nthe prompt, of two documents, with ... for the rows' texts:\n"
           f"{encoder.tokenizer.decode(encoder.encode(run.prompt, '...', ['...', '...'])[0])}\n",
           flush=True)
-    if run.local.why_not_shared:
-        print(f"note: prompts are run once for each answer: {run.local.why_not_shared}")
+    if not shares_prompts(run.model):
+        print("note: prompts are run once for each answer, as not all of the model's layers have"
+              " plain causal attention")
 
 
 # --- Reranking jobs, and reranking from Python ----------------------------------------------------
 
-QUERIES_PER_BATCH = 64  # asked together; a resumable job stores its results as often
-
-
-def planned_calls(query: Candidates, cfg: Config) -> int:
-    """Calls that a query takes when every answer is usable."""
-    if cfg.method == "listwise":
-        return cfg.rounds * len(window_places(len(query.ids), cfg.window, cfg.step))
-    return len(plan_query(query, cfg))
+QUERIES_PER_BATCH = 64  # asked together; a job stores its results as often
 
 
 def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
-                 counts: Counter, progress: tqdm | None = None) -> list[Ranking]:
+                 counts: Counter) -> list[Ranking]:
     """Rerank queries by cfg.method, together; adds to the counts what the answers were like."""
     rank, own = slide_windows if cfg.method == "listwise" else score_groups, Counter()
-    rankings = rank(backend, Method(prompt, METHODS[cfg.method].parse), queries, cfg, own, progress)
+    rankings = rank(backend, Method(prompt, METHODS[cfg.method].parse), queries, cfg, own)
     if own["calls"] and own["errors"] == own["calls"]:
         worst = next(key for key in own if key.startswith("error: "))
         raise ValueError(f"none of {own['calls']} calls was answered; the first {worst}")
@@ -3120,9 +2992,7 @@ def load_backend(cfg: Config) -> Endpoint | LocalModel:
     if cfg.endpoint:
         return Endpoint(cfg.endpoint, cfg.model, cfg)
     machine = pick_machine(cfg.device, cfg.precision)
-    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-    model = load_model(cfg.model, machine, trainable=False, trust_remote_code=cfg.trust_remote_code)
-    return LocalModel(model, tokenizer, machine, cfg)
+    return LocalModel(*load_model(cfg.model, machine), machine, cfg)
 
 
 def rerank_settings(given: dict) -> tuple[Config, Prompt]:
@@ -3141,34 +3011,8 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
         prompt = read_prompt(cfg.prompt_file)
     if meta.get("prompt_hash", prompt.hash) != prompt.hash:
         print_once(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one"
-                   f" is {prompt.hash}: another wording can cost points silently", sys.stderr)
+                   f" is {prompt.hash}: another wording can cost points silently")
     return cfg, prompt
-
-
-def describe_task(cfg: Config, prompt: Prompt, queries: Sequence[Candidates]) -> dict:
-    """All that decides the result of a reranking: a job may go on if it is the same."""
-    free = FREE_TO_CHANGE | {"run", "query", "docs", "prompt_file", "endpoint", "trust_remote_code"}
-    used = [f.name for f in dataclasses.fields(cfg)
-            if f.metadata["group"] in (BOTH, RERANK) and f.name not in free]
-    candidates = hashlib.sha256(repr(queries).encode("utf-8", "replace")).hexdigest()[:16]
-    # A model that was trained anew in its folder is another one.
-    weights = sorted(Path(cfg.model).glob("*.safetensors")) if not cfg.endpoint else ()
-    return {**{name: getattr(cfg, name) for name in used}, "prompt_hash": prompt.hash,
-            "candidates": candidates, "weights": [path.stat().st_mtime_ns for path in weights]}
-
-
-def read_partial(path: Path, cfg: Config, task: dict) -> list[dict]:
-    """The finished batches of an interrupted job; what a killed process left of a line goes."""
-    content = b"" if cfg.overwrite else path.read_bytes()
-    if content and not cfg.resume:
-        raise ValueError(f"{path} holds a part of this job: add --resume to go on, or --overwrite")
-    os.truncate(path, content.rfind(b"\n") + 1)
-    batches = list(evaluate.read_jsonl(path))
-    for name, value in (batches[0]["task"] if batches else {}).items():
-        if value != task.get(name):
-            raise ValueError(f"{path} belongs to another job: its {name} is {value!r}, not"
-                             f" {task.get(name)!r}; give the same settings, or --overwrite")
-    return batches
 
 
 def rerank_collection(cfg: Config, prompt: Prompt) -> None:
@@ -3178,47 +3022,41 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     number, n_parts = map(int, (cfg.shard or "1/1").split("/"))
     out = Path(f"{cfg.out}.{number}-of-{n_parts}" if cfg.shard else cfg.out)
     partial = out.with_name(out.name + ".partial")
-    if not (cfg.resume and partial.exists()):
+    if not partial.exists():
         evaluate.refuse_overwrite(out, cfg.overwrite)
     queries, _, notes = read_candidates(cfg)
     queries = queries[number - 1 :: n_parts]
-    task = describe_task(cfg, prompt, queries)
-    with open_alone(partial), stop_on_signals() as stop:
-        batches = read_partial(partial, cfg, task)
+    texts = hashlib.sha256(repr(queries).encode("utf-8", "replace")).hexdigest()[:16]
+    weights = sorted(Path(cfg.model).glob("*.safetensors")) if not cfg.endpoint else ()
+    task = describe_task(cfg, (BOTH, RERANK), prompt, candidates=texts,  # trained anew: another one
+                         weights=[path.stat().st_mtime_ns for path in weights])
+    with open_alone(partial):
+        content = b"" if cfg.overwrite else partial.read_bytes()
+        os.truncate(partial, content.rfind(b"\n") + 1)  # a killed process may leave half a line
+        batches = list(evaluate.read_jsonl(partial))
+        if batches:
+            refuse_change(partial, batches[0]["task"], task)
+            print(f"{partial}: goes on after batch {len(batches)}")
         print("".join(f"note: {n} {note}\n" for note, n in notes.items() if n), end="")
         backend = load_backend(cfg)
         spare_threads(backend.model)
-        n_calls = [planned_calls(query, cfg) for query in queries]
-        print(f"rerank {cfg.method}: {len(queries)} queries, {sum(n_calls)} calls, model"
-              f" {cfg.model} on {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}",
-              flush=True)
-        first = len(batches) * QUERIES_PER_BATCH
-        with tqdm(total=sum(n_calls), initial=sum(n_calls[:first]), desc="rerank", unit="call",
-                  disable=not sys.stderr.isatty()) as progress:
-            for start in range(first, len(queries), QUERIES_PER_BATCH):
-                if stop:
-                    print(f"stopped after batch {len(batches)}; to go on, repeat the command with"
-                          " --resume", flush=True)
-                    raise SystemExit(128 + stop[0])
-                batch = queries[start : start + QUERIES_PER_BATCH]
-                batches.append(rank_batch(backend, prompt, batch, cfg, progress) | {"task": task})
-                with evaluate.name_in_errors(partial), open(partial, "ab") as file:
-                    file.write(json.dumps(batches[-1]).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+        print(f"rerank {cfg.method}: {len(queries)} queries, model {cfg.model} on"
+              f" {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}", flush=True)
+        starts = range(0, len(queries), QUERIES_PER_BATCH)[len(batches) :]
+        for start in tqdm(starts, "batches", disable=None):
+            started, counts = time.perf_counter(), Counter()
+            batch = queries[start : start + QUERIES_PER_BATCH]
+            run = {}
+            for query, ranking in zip(batch, rank_queries(backend, prompt, batch, cfg, counts),
+                                      strict=True):
+                ids = [query.ids[i] for i in ranking.order]
+                run[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
+            batches.append({"task": task, "run": run, "counts": counts,
+                            "seconds": time.perf_counter() - started})
+            append_json(partial, batches[-1])
         write_reranked(out, batches, {"task": task, "prompt": dataclasses.asdict(prompt),
                                       "notes": notes})
         partial.unlink()
-
-
-def rank_batch(backend, prompt, queries: Sequence[Candidates], cfg: Config, progress) -> dict:
-    """A line of OUT.partial: the rankings of some queries, and what the answers were like."""
-    started, counts = time.perf_counter(), Counter()
-    rankings = rank_queries(backend, prompt, queries, cfg, counts, progress)
-    run = {query.qid: list(zip([query.ids[i] for i in ranking.order], carried_scores(ranking),
-                               strict=True))
-           for query, ranking in zip(queries, rankings, strict=True)}
-    return {"run": run, "counts": counts, "seconds": time.perf_counter() - started}
 
 
 def write_reranked(out: Path, batches: Sequence[dict], record: dict) -> None:
@@ -3238,12 +3076,12 @@ def write_reranked(out: Path, batches: Sequence[dict], record: dict) -> None:
 
 def describe_counts(counts: Counter) -> str:
     """One line on what the model's answers were like."""
-    faults = [f"{counts[s]} {s}" for s in (*STATUSES[:-1], "truncated", "errors") if counts[s]]
-    return (f"{counts['calls']} answers: {counts['ok']} ok"
-            + "".join(f", {fault}" for fault in faults)
-            + f"; {counts['failed groups']} groups unusable after all tries,"
+    faults = [f", {counts[s]} {s}" for s in (*STATUSES[:-1], "truncated", "errors") if counts[s]]
+    errors = [f"\n{n} x {key}" for key, n in counts.items() if key.startswith("error: ")]
+    return (f"{counts['calls']} answers: {counts['ok']} ok{''.join(faults)};"
+            f" {counts['failed groups']} groups unusable after all tries,"
             f" {counts['unscored documents']} documents kept their first-stage place"
-            + "".join(f"\n{n} x {key}" for key, n in counts.items() if key.startswith("error: ")))
+            + "".join(errors))
 
 
 class GroupRanker:
@@ -3293,9 +3131,8 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
     if not all(texts):
         name = cfg.docs[texts.index("")]
         raise ValueError(f"{name} is empty: give it text or leave it out")
-    backend = load_backend(cfg)
-    spare_threads(backend.model)
-    ranker = GroupRanker(backend, prompt, cfg)
+    ranker = GroupRanker(load_backend(cfg), prompt, cfg)
+    spare_threads(ranker.backend.model)
     ranking, counts = ranker.rank_with_reasons(cfg.query, texts)
     print(f"\nquery: {cfg.query}\n\nrank  score  document")
     for place, i in enumerate(ranking.order, 1):
@@ -3312,8 +3149,6 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
 
 # One concept a row: the word of queries, and two words of documents, one exact and one related.
 # No query word ever occurs in a document, so that BM25 cannot tell documents apart.
-# One concept a row: the word of queries, and two words of documents, one exact and one related.
-# No query word ever occurs in a document, so that BM25 cannot tell documents apart.
 CONCEPTS = """
 heart cardiac pulse, kidney renal urea, liver hepatic bile, lung pulmonary airflow,
 skin dermal melanin, bone osseous calcium, brain neural synapse, eye ocular retina,
@@ -3323,9 +3158,17 @@ ice glacial frost, rain pluvial cloud, wind eolian pressure, fire igneous magma,
 dog canine wolf, cat feline whisker, horse equine saddle, bird avian feather"""
 MARKS, POINTS = ("-", "+", "++"), (0, 1, 3)  # absent, related, exact: how it is written, its score
 DEMO_PROMPT = Prompt(system="", user="query: {query}\n{documents}")
+# What the demo changes in Config: a short prompt and a small model, so all sizes are small.
+DEMO_SETTINGS = {"docs_per_group": 6, "max_doc_tokens": 16, "max_prompt_tokens": 200,
+                 "max_new_tokens": 100, "lora_rank": 0, "max_tokens_per_pass": 32768,
+                 "sft_epochs": 1.0, "sft_lr": 3e-3, "sft_batch": 16, "sft_warmup": 0.07,
+                 "grpo_epochs": 1.0, "grpo_lr": 2e-4, "grpo_warmup": 0.03,
+                 "grpo_schedule": "linear", "prompts_per_step": 8, "relevance_level": 3,
+                 "eval_every": 50, "save_every": 50}
+DEMO_ROWS = {"sft": 16_000, "grpo": 2_000, "dev": 64}
+DEMO_QUERIES, DEMO_CANDIDATES = 100, 24
 
 
-@dataclass(frozen=True)
 class DemoWorld:
     """Queries of three concepts, documents of five words; the score adds up the concepts' points.
 
@@ -3334,24 +3177,16 @@ class DemoWorld:
     imitates one teacher's answers, while GRPO is rewarded by better labels (here, the truth).
     """
 
-    seed: int = 0
-    blind_share: float = 0.4  # share of the concepts that are blind spots of the teacher
-    blind_recall: float = 0.35  # how often it recognises such a concept
-    recall: float = 0.95  # how often it recognises any other
-    match_share: float = 0.3  # how often a document holds a concept of its query
-    doc_words: int = 5
+    match_share, doc_words = 0.3, 5  # how often a document holds a concept of its query; its words
 
-    @functools.cached_property
-    def concepts(self) -> list[list[str]]:
-        """[query word, exact word, related word] of each concept."""
-        return [row.split() for row in CONCEPTS.replace("\n", " ").split(",")]
-
-    @functools.cached_property
-    def teacher_recall(self) -> list[float]:
-        """How often the teacher recognises each concept."""
+    def __init__(self, seed: int = 0, blind_share: float = 0.4, blind_recall: float = 0.35,
+                 recall: float = 0.95):
+        """blind_share of the concepts are blind spots, recognised with blind_recall."""
+        self.seed = seed
+        self.concepts = [row.split() for row in CONCEPTS.replace("\n", " ").split(",")]
         n = len(self.concepts)
-        blind = random.Random(f"teacher {self.seed}").sample(range(n), round(self.blind_share * n))
-        return [self.blind_recall if i in blind else self.recall for i in range(n)]
+        blind = random.Random(f"teacher {seed}").sample(range(n), round(blind_share * n))
+        self.teacher_recall = [blind_recall if i in blind else recall for i in range(n)]
 
     def draw_query(self, rng: random.Random, held_out: bool) -> list[int]:
         """Three concepts; a quarter of all sets of three is held out from training."""
@@ -3361,7 +3196,7 @@ class DemoWorld:
                 return query
 
     def draw_document(self, rng: random.Random, query: list[int]) -> list[str]:
-        """doc_words words: those of the query's concepts that it happens to hold, and others."""
+        """Words of the query's concepts that it happens to hold, and of others."""
         words = [self.concepts[c][rng.choice((1, 2))]
                  for c in query if rng.random() < self.match_share]
         others = [c for c in range(len(self.concepts)) if c not in query]
@@ -3379,16 +3214,23 @@ class DemoWorld:
             marks.append(mark if seen else 0)
         return marks
 
+    def score(self, query: list[int], words: list[str]) -> int:
+        """The true score of a document, 0 to 9."""
+        return sum(POINTS[mark] for mark in self.marks(query, words))
+
+    def words(self, query: list[int]) -> str:
+        """The text of a query."""
+        return " ".join(self.concepts[c][0] for c in query)
+
     def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None) -> str:
         """The reasoning: each query word and its mark, document by document; then the answer."""
-        names, lines, scores = [self.concepts[c][0] for c in query], [], []
+        lines, scores = [], []
         for i, words in enumerate(docs, 1):
             marks = self.marks(query, words, rng)
-            marked = " ".join(f"{n} {MARKS[m]}" for n, m in zip(names, marks, strict=True))
-            lines.append(f"[{i}] {marked}")
-            scores.append(sum(POINTS[m] for m in marks))
-        answer = ",".join(f'"[{i}]":{score}' for i, score in enumerate(scores, 1))
-        return f"<reason> {' '.join(lines)} </reason> <answer> {{{answer}}} </answer>"
+            pairs = zip(self.words(query).split(), marks, strict=True)
+            lines.append(" ".join([f"[{i}]", *(f"{word} {MARKS[mark]}" for word, mark in pairs)]))
+            scores.append(f'"[{i}]":{sum(POINTS[mark] for mark in marks)}')
+        return f"<reason> {' '.join(lines)} </reason> <answer> {{{','.join(scores)}}} </answer>"
 
     def row(self, rng: random.Random, id: str, n_docs: int, *, kind: str) -> dict:
         """A training row: "sft" has the teacher's response, "grpo" and "dev" the true scores."""
@@ -3396,8 +3238,8 @@ class DemoWorld:
         while len(set(scores)) < 2:  # a group whose documents are all alike teaches no ranking
             query = self.draw_query(rng, held_out=kind == "dev")
             docs = [self.draw_document(rng, query) for _ in range(n_docs)]
-            scores = [sum(POINTS[m] for m in self.marks(query, words)) for words in docs]
-        row = {"id": id, "query": " ".join(self.concepts[c][0] for c in query)}
+            scores = [self.score(query, words) for words in docs]
+        row = {"id": id, "query": self.words(query)}
         row["docs"] = [{"id": f"d{i}", "text": " ".join(words)} for i, words in enumerate(docs)]
         if kind == "sft":
             return row | {"response": self.respond(query, docs, rng)}
@@ -3409,11 +3251,10 @@ class DemoWorld:
         corpus, queries, qrels = {}, {}, {}
         for q in range(n_queries):
             query = self.draw_query(rng, held_out=True)
-            queries[f"q{q}"] = " ".join(self.concepts[c][0] for c in query)
             docs = {f"q{q}d{i:02}": self.draw_document(rng, query) for i in range(n_docs)}
+            queries[f"q{q}"] = self.words(query)
             corpus |= {d: " ".join(words) for d, words in docs.items()}
-            qrels[f"q{q}"] = {d: sum(POINTS[m] for m in self.marks(query, words))
-                              for d, words in docs.items()}
+            qrels[f"q{q}"] = {d: self.score(query, words) for d, words in docs.items()}
         return corpus, queries, qrels
 
 
@@ -3453,17 +3294,6 @@ def demo_model(tokenizer, seed: int):
     return transformers.Qwen3ForCausalLM(config)
 
 
-# What the demo changes in Config: a short prompt and a small model, so all sizes are small.
-DEMO_SETTINGS = {"docs_per_group": 6, "max_doc_tokens": 16, "max_prompt_tokens": 200,
-                 "max_new_tokens": 100, "lora_rank": 0, "max_tokens_per_pass": 32768,
-                 "sft_epochs": 1.0, "sft_lr": 3e-3, "sft_batch": 16, "sft_warmup": 0.07,
-                 "grpo_epochs": 1.0, "grpo_lr": 2e-4, "grpo_warmup": 0.03,
-                 "grpo_schedule": "linear", "prompts_per_step": 8, "relevance_level": 3,
-                 "eval_every": 50, "save_every": 50}
-DEMO_ROWS = {"sft": 16_000, "grpo": 2_000, "dev": 64}
-DEMO_QUERIES, DEMO_CANDIDATES = 100, 24
-
-
 def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
     """Write the demo's collection, first-stage run, training rows and untrained model."""
     corpus, queries, qrels = world.collection(DEMO_QUERIES, DEMO_CANDIDATES)
@@ -3472,21 +3302,19 @@ def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
     for qid, query in queries.items():
         ids = list(qrels[qid])
         random.Random(f"{qid} {cfg.seed}").shuffle(ids)  # BM25 ties must not follow the labels
-        scores = evaluate.BM25([corpus[d] for d in ids]).scores(query)
-        order = np.argsort(-scores, kind="stable")
-        run[qid] = [(ids[i], float(scores[i])) for i in order]
+        hits, scores = evaluate.BM25([corpus[d] for d in ids]).search(query, len(ids))
+        run[qid] = [(ids[i], float(score)) for i, score in zip(hits, scores, strict=True)]
     evaluate.write_run(folder / "first.run", run, tag="bm25")
+    rows: dict[str, list[dict]] = {}
     for kind, n_rows in DEMO_ROWS.items():
-        rng = random.Random(f"{kind} {cfg.seed}")
-        rows = (world.row(rng, f"{kind}-{i}", cfg.docs_per_group, kind=kind)
-                for i in range(n_rows))
-        name = "dev.jsonl" if kind == "dev" else "train.jsonl"
-        with open(folder / name, "a" if kind == "grpo" else "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    example = folder / "example"  # the first held-out query's first documents, as text files
-    example.mkdir(exist_ok=True)
+        rng, name = random.Random(f"{kind} {cfg.seed}"), "dev" if kind == "dev" else "train"
+        rows.setdefault(name, []).extend(
+            world.row(rng, f"{kind}-{i}", cfg.docs_per_group, kind=kind) for i in range(n_rows))
+    for name, written in rows.items():
+        evaluate.write_lines(folder / f"{name}.jsonl", written)
+    (folder / "example").mkdir()  # the first held-out query's first documents, as text files
     for number, doc in enumerate(list(qrels["q0"])[: cfg.docs_per_group], 1):
-        (example / f"{number}.txt").write_text(corpus[doc] + "\n", encoding="utf-8")
+        (folder / "example" / f"{number}.txt").write_text(corpus[doc] + "\n", encoding="utf-8")
     tokenizer = demo_tokenizer(world)
     demo_model(tokenizer, cfg.seed).save_pretrained(folder / "untrained")
     tokenizer.save_pretrained(folder / "untrained")
@@ -3495,20 +3323,6 @@ def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
 def mean_ndcg(qrels: dict, run: dict) -> float:
     """Mean NDCG@10 over the queries."""
     return float(np.mean(list(evaluate.evaluate_run(qrels, run)["ndcg@10"].values())))
-
-
-def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> float:
-    """NDCG@10 of the demo's collection, reranked as `--rerank` does."""
-    cfg = dataclasses.replace(cfg, model=str(model), data=str(folder),
-                              run=str(folder / "first.run"))
-    queries, qrels, _ = read_candidates(cfg)
-    backend, run = load_backend(cfg), {}
-    for start in range(0, len(queries), QUERIES_PER_BATCH):
-        batch = queries[start : start + QUERIES_PER_BATCH]
-        rankings = rank_queries(backend, prompt, batch, cfg, Counter())
-        for query, ranking in zip(batch, rankings, strict=True):
-            run[query.qid] = {query.ids[i]: -float(place) for place, i in enumerate(ranking.order)}
-    return mean_ndcg(qrels, run)
 
 
 def train_demo(given: dict) -> None:
@@ -3520,24 +3334,25 @@ def train_demo(given: dict) -> None:
     cfg = Config(**(DEMO_SETTINGS | given))
     out = on_first(claim_output, cfg, "demo")
     folder, world = out / "demo", DemoWorld(cfg.seed)
-    words = {word for word, *_ in world.concepts}
-    if cfg.data and not all(words.issuperset(row.query.split()) for row in read_rows(cfg.data)):
+    known = {word for word, *_ in world.concepts}
+    if cfg.data and not all(known.issuperset(row.query.split()) for row in read_rows(cfg.data)):
         raise ValueError(f"{cfg.data}: --data needs --model: the demo's model knows only the words"
                          " of its own world (as in the rows of `python synth.py --demo`)")
     if inside := files_inside(out, (cfg.data, cfg.eval_data)):
         raise ValueError(f"{inside[0]} lies in {out}: give another --out")
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
-    if not cfg.resume:
-        on_first(clear_output, cfg, out)
-        on_first(write_demo, folder, world, cfg)
+    if not cfg.resume and is_first():
+        with open_alone(out / "metrics.jsonl"):
+            clear_output(out)
+            write_demo(folder, world, cfg)
     cfg = dataclasses.replace(
         cfg, model=str(folder / "untrained"), data=cfg.data or str(folder / "train.jsonl"),
         eval_data=cfg.eval_data or str(folder / "dev.jsonl"),
         overwrite=False)  # what was there is gone by now
     run = train(cfg, prompt, out, log_every=50)
     if is_first():
-        seconds = {**run.seconds, "total": time.perf_counter() - started}
+        seconds = run.seconds | {"total": time.perf_counter() - started}
         write_results(run.cfg, prompt, out, seconds)
 
 
@@ -3550,21 +3365,31 @@ def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None
     tied = [evaluate.ndcg([np.mean(gold)] * len(gold), gold) for gold in labels]
     results = {"random": float(np.mean(tied)),
                "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run"))}
-    for name, path in (("untrained", folder / "untrained"), ("sft", out / "sft"),
-                       ("sft+grpo", out)):
+    models = {"untrained": folder / "untrained", "sft": out / "sft", "sft+grpo": out}
+    for name, path in models.items():
         if (path / "config.json").is_file():
             results[name] = demo_ndcg(cfg, prompt, folder, path)
     write_json(out / "results.json", {
         "ndcg@10": {name: round(x, 4) for name, x in results.items()},
         "seconds": {name: round(s, 1) for name, s in seconds.items()}, "seed": cfg.seed,
         "versions": provenance()})
+    query = next(iter(evaluate.read_texts(folder / "queries.jsonl").values()))
     print(f"\nheld-out NDCG@10 (0-100): {DEMO_QUERIES} queries, all {DEMO_CANDIDATES} candidates of"
           f" each in one list;\nthe log's held-out NDCG@10 is that of single groups of"
           f" {cfg.docs_per_group}\n" + evaluate.table("", {"NDCG@10": results})
-          + f"\n{clock(seconds['total'])} in all; numbers in {out / 'results.json'}")
-    query = next(iter(evaluate.read_texts(folder / "queries.jsonl").values()))
-    print(f"try: python grouprank.py --rerank --model {out} --seed {cfg.seed}"
-          f" --query '{query}' --docs {folder}/example/*.txt")
+          + f"\n{clock(seconds['total'])} in all; numbers in {out / 'results.json'}\n"
+          f"try: python grouprank.py --rerank --model {out} --seed {cfg.seed} --query '{query}'"
+          f" --docs {folder}/example/*.txt")
+
+
+def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> float:
+    """NDCG@10 of the demo's collection, reranked as `--rerank` does."""
+    out = folder / f"{model.name}.run"
+    cfg = dataclasses.replace(cfg, model=str(model), data=str(folder), out=str(out), resume=False,
+                              run=str(folder / "first.run"), overwrite=True)
+    with contextlib.redirect_stdout(None):
+        rerank_collection(cfg, prompt)
+    return mean_ndcg(evaluate.read_qrels(folder / "qrels" / "test.tsv"), evaluate.read_run(out))
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -3616,16 +3441,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     if do_train:
         join_processes()
-        run_training(given)
+        train_model(given)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("torchrun is for --train; split a reranking with --shard i/n")
     else:
-        run_reranking(given)
+        cfg, prompt = rerank_settings(given)
+        if not cfg.model or bool(cfg.query) != bool(cfg.docs) or not (
+                cfg.query or (cfg.data and cfg.run)):
+            raise ValueError("--rerank needs --model (a folder, a hub name, or a server's name for"
+                             " it), and --data with --run, or --query with --docs")
+        (rerank_files if cfg.query else rerank_collection)(cfg, prompt)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def run_training(given: dict) -> None:
+def train_model(given: dict) -> None:
     """`--train`: the demo, or a named model on rows."""
     cfg = Config(**given)
     if cfg.method != "groupwise" and (cfg.stage != "sft" or cfg.eval_data or not cfg.model):
@@ -3633,24 +3463,11 @@ def run_training(given: dict) -> None:
                          " without --eval-data: GRPO and the evaluation read groupwise answers")
     if not cfg.model:
         train_demo(given)
-        return
-    if not cfg.data:
+    elif not cfg.data:
         raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
-    prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else METHODS[cfg.method].prompt
-    train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
-
-
-def run_reranking(given: dict) -> None:
-    """`--rerank`: a collection's run, or files for a query."""
-    cfg, prompt = rerank_settings(given)
-    if not cfg.model or bool(cfg.query) != bool(cfg.docs) or not (
-            cfg.query or (cfg.data and cfg.run)):
-        raise ValueError("--rerank needs --model (a folder, a hub name, or a server's name for it),"
-                         " and --data with --run, or --query with --docs")
-    if cfg.query:
-        rerank_files(cfg, prompt)
     else:
-        rerank_collection(cfg, prompt)
+        prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else METHODS[cfg.method].prompt
+        train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ class Config:
     device: str = every("auto", "auto, cpu, cuda or cuda:N", "ours")
     precision: str = every("auto", "auto: bf16 on CUDA, fp32 on CPU", "ours",
                            choices=("auto", "fp32", "bf16", "fp16"))
-    trust_remote_code: bool = every(False, "run a model's own Python code", "ours")
     llm: str = synthesis("", "folder, hub name or the server's name for it", "ours")
     pointwise_llm: str = synthesis("", "another pointwise one: NAME[@URL]", "ours")
     listwise_llm: str = synthesis("", "another listwise one: NAME[@URL]", "ours")
@@ -237,7 +236,7 @@ def read_answer(step: str, text: str, n_docs: int = 1) -> str | list[int] | None
 def load_models(cfg: Config) -> dict[str, tuple[str, Callable]]:
     """{step: (name, backend)}, from NAME or NAME@URL; steps that name the same model share it."""
     same = ("max_new_tokens", "max_doc_tokens", "max_prompt_tokens", "concurrency", "device",
-            "precision", "trust_remote_code")
+            "precision")
     settings, models = {name: getattr(cfg, name) for name in same}, {}
     other = {"pointwise": cfg.pointwise_llm, "listwise": cfg.listwise_llm}
     specs = {step: other.get(step) or cfg.llm for step in PROMPTS}
@@ -465,10 +464,9 @@ class Encoder:
 
     def __init__(self, path: str, cfg: Config, dtype=None):
         self.machine = grouprank.pick_machine(cfg.device, cfg.precision)
-        options = {"trust_remote_code": cfg.trust_remote_code}
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.model = transformers.AutoModel.from_pretrained(
-            path, dtype=dtype or self.machine.dtype, **options).to(self.machine.device).eval()
+            path, dtype=dtype or self.machine.dtype).to(self.machine.device).eval()
         self.tokenizer.padding_side = "right"  # pooling counts on it
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         given = {"pooling": cfg.pooling, "query": cfg.query_prefix, "document": cfg.doc_prefix}
@@ -985,7 +983,7 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
     model, machine = encoder.model, encoder.machine
     grouprank.set_up_training(model, grouprank.Config(lora_rank=0), machine)  # dropout off, too
     grouprank.spare_threads(model)
-    optimizer = grouprank.Optimizer(model.train(), machine, grad_clip=1.0, weight_decay=0.0)
+    optimizer = grouprank.Optimizer(model.train(), machine)
     batch = min(cfg.batch, len(rows))
     n_steps = max(math.ceil(cfg.epochs * len(rows) / batch), 1)
     for step in range(n_steps):

@@ -69,7 +69,7 @@ def score(cfg, folder, model):
 def run_seed(out, seed, options):
     """Train everything for one seed; {column: {"ndcg@10", "spread"}}."""
     grouprank.main(["--train", "--seed", str(seed), "--out", str(out), *options])
-    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     seconds = Counter()
     for line in evaluate.read_jsonl(out / "metrics.jsonl"):
         seconds[line["stage"]] += line.get("seconds", 0.0)

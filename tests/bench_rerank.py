@@ -71,6 +71,7 @@ costs more attention than one of a 300-token prompt, which shows in a model this
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -140,7 +141,8 @@ def write_rows(path, world, method, docs_per_group, n_docs):
     Those of the base are others, and end where the reasoning does. Every second query has good
     documents, as windows at the top of a list and groups of its first ranks have.
     """
-    good = dataclasses.replace(world, match_share=0.7)
+    good = copy.copy(world)
+    good.match_share = 0.7
     stream = f"base {docs_per_group}" if method == "base" else "bench"
     rng = random.Random(f"{stream} {world.seed}")
     with open(path, "w", encoding="utf-8") as file:
@@ -224,7 +226,8 @@ def measure(backend, queries, qrels, cfg, n_alone=0):
 
 def run_seed(seed, args, out):
     """Train and measure everything for one seed."""
-    world = grouprank.DemoWorld(seed, doc_words=7)
+    world = grouprank.DemoWorld(seed)
+    world.doc_words = 7
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_collection(folder, world, args.queries, args.noise)

@@ -22,6 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import grouprank
+
 torch.set_num_threads(1)  # tiny matrices gain nothing from a second thread that they wait for
 transformers.utils.logging.disable_progress_bar()
 
@@ -151,6 +153,12 @@ def write_rows(path, rows):
     """Write training rows as JSONL."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def warned_of_nothing():
+    """What one test was warned of, once, is news to the next."""
+    grouprank.print_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,11 @@ import json
 import random
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
-from conftest import save_tiny_model, write_rows
+from conftest import byte_tokenizer, save_tiny_model, write_rows
 
 import evaluate
 import grouprank
@@ -61,17 +62,16 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    (good_row(scores=[1]), '"scores" must be 2 numbers from 0 to 10'),
-    (good_row(scores=[1, 11]), '"scores" must be 2 numbers from 0 to 10'),
-    (good_row(scores=[1, "2"]), '"scores" must be 2 numbers from 0 to 10'),
-    (good_row(docs=[]), 'no "docs" list'),
-    (good_row(docs=[{"id": "a", "text": "A"}, {"id": "a", "text": "B"}]), "a document id twice"),
-    (good_row(docs=[{"id": "a", "text": "A"}, {"id": "b", "text": " "}]), "'b' is empty"),
-    (good_row(query=" "), 'no "query" text'),
-    (good_row(response=""), 'empty "response"'),
-    (good_row("fine"), "id 'fine' stands on an earlier line already"),
+    (good_row(scores=[1]), 'row \'r1\' needs "scores" of 2 numbers from 0 to 10'),
+    (good_row(scores=[1, 11]), 'row \'r1\' needs "scores" of 2 numbers from 0 to 10'),
+    (good_row(scores=[1, "2"]), 'row \'r1\' needs "scores" of 2 numbers from 0 to 10'),
+    (good_row(docs=[]), 'needs a "docs" list'),
+    (good_row(docs=[{"id": "a", "text": "A"}, {"id": "a", "text": "B"}]), "needs another id for each document"),
+    (good_row(docs=[{"id": "a", "text": "A"}, {"id": "b", "text": " "}]), "needs a text and a text id in document 'b'"),
+    (good_row(query=" "), 'needs a "query" text'),
+    (good_row(response=""), 'needs a "response" with text'),
     ({"query": "q"}, 'text "id"'),
-    (["not", "an", "object"], 'text "id"'),
+    (["not", "an", "object"], "not a JSON object"),
 ])  # fmt: skip
 def test_a_wrong_row_is_named_by_file_and_line(place, tmp_path, monkeypatch, capsys, row, message):
     path = write_rows(tmp_path / "rows.jsonl", [good_row("fine"), row])
@@ -82,11 +82,12 @@ def test_a_wrong_row_is_named_by_file_and_line(place, tmp_path, monkeypatch, cap
 
 
 def test_a_tokenizer_without_end_token_is_refused(place, tmp_path):
-    tokenizer = grouprank.load_tokenizer(str(place / "model"))
+    folder, tokenizer = tmp_path / "model", byte_tokenizer()
+    shutil.copytree(place / "model", folder)
     tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match="has no end token"):
-        grouprank.load_tokenizer(str(tmp_path))
+        grouprank.load_model(str(folder), grouprank.pick_machine("cpu"))
 
 
 TRAIN, RERANK = "--train --model {p}/model --data {p}/rows.jsonl", "--rerank --model {p}/model"
@@ -94,7 +95,7 @@ ROOMY = "--train --model {p}/roomy --max-new-tokens 99 --out {o} --data {p}/"
 RUN, DOCS = RERANK + " --data {p}/beir --out {o} --run {p}/", RERANK + " --query x --docs {p}/some.txt"
 BAD_INPUT = [
     ("--train --model nowhere --data {p}/rows.jsonl", "nowhere: no such folder"),
-    ("--train --model {p}/beir --data {p}/rows.jsonl", "no tokenizer there"),
+    ("--train --model {p}/beir --data {p}/rows.jsonl", "no model with a tokenizer could be loaded"),
     ("--train --model {p}/model --data {p}/missing.jsonl", "missing.jsonl: No such file"),
     ("--train --model {p}/model", "needs --data"),
     ("--train --data {p}/rows.jsonl", "--data needs --model: the demo's model knows only"),
@@ -108,6 +109,7 @@ BAD_INPUT = [
     (TRAIN + " --resume", "--resume needs --out"),
     (TRAIN + " --resume --overwrite", "--resume continues an output and --overwrite deletes it"),
     (ROOMY + "sft.jsonl", 'no row has "scores"'),
+    (ROOMY + "twice.jsonl", "twice.jsonl: the id 'x' stands on 2 lines"),
     (ROOMY + "grpo.jsonl", 'no row has a "response"'),
     (ROOMY + "rows.jsonl --eval-data {p}/sft.jsonl", "row 'r1' has no \"scores\""),
     ("--rerank --data {p}/beir --run {p}/first.run --out {o}", "needs --model"),
@@ -201,11 +203,12 @@ def test_a_failed_run_leaves_no_output(place, tmp_path, monkeypatch, capsys):
 def test_a_run_of_the_first_edition_is_refused_in_one_sentence(place, tmp_path, monkeypatch, capsys):
     before = json.dumps({"config": {"seed": 0, "keep": 2}, "versions": {"grouprank": "1.0"}})
     (tmp_path / "run.json").write_text(before)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     status, _, err = run_main(monkeypatch, capsys, "--train", "--model", place / "roomy", "--data",
                               place / "rows.jsonl", "--out", tmp_path, "--resume", "--max-new-tokens", 99)  # fmt: skip
     assert status == 2 and err.count("\n") == 1
     assert f"{tmp_path} was written by an older edition, whose runs cannot be continued" in err
-    assert (tmp_path / "run.json").read_text() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "run.json").read_text() == before and len(list(tmp_path.iterdir())) == 2
 
 
 # --- The demo -------------------------------------------------------------------------------------

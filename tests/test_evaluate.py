@@ -122,34 +122,12 @@ def test_measures_take_lists_arrays_and_whatever_float_understands():
         assert evaluate.reciprocal_rank(form(ranked)) == 1 / 2
 
 
-def test_rank_biased_overlap_equals_hand_sum():
-    # a b c against b a d: X = 0, 2, 2; p = 0.5, (1 - p) / p = 1
-    expected = 1 * (0 / 1 * 0.5 + 2 / 2 * 0.25 + 2 / 3 * 0.125) + 2 / 3 * 0.125
-    assert evaluate.rank_biased_overlap("abc", "bad", p=0.5) == pytest.approx(expected)
-
-
-@given(st.permutations(list(range(8))), st.permutations(list(range(8))), st.floats(0.05, 0.99))
-def test_rank_biased_overlap_is_a_symmetric_similarity_of_permutations(a, b, p):
-    value = evaluate.rank_biased_overlap(a, b, p)
-    assert 0.0 < value <= 1.0
-    assert value == pytest.approx(evaluate.rank_biased_overlap(b, a, p))
-    assert evaluate.rank_biased_overlap(a, a, p) == pytest.approx(1.0)
-
-
-def test_rank_biased_overlap_at_its_limits():
-    assert evaluate.rank_biased_overlap([1], [2]) == 0.0
-    for bad in (([1, 1], [1, 2], 0.9), ([1, 2], [1], 0.9), ([1], [1], 0.0), ([1], [1], 1.0)):
-        with pytest.raises(ValueError, match="0 < p < 1"):
-            evaluate.rank_biased_overlap(*bad)
-
-
 @pytest.mark.parametrize("name, call", [
     ("ndcg", "ndcg([0, 2], [2, 1])"),
     ("recall", "recall([0, 2], [2, 1], 2)"),
     ("precision", "precision([0, 2], 2)"),
     ("average_precision", "average_precision([0, 2], [2, 1])"),
     ("reciprocal_rank", "reciprocal_rank([0, 2])"),
-    ("rank_biased_overlap", "rank_biased_overlap([1, 2], [2, 1])"),
     ("tie_averaged", "tie_averaged([1, 1, 0], [0, 2, 1])"),
     ("minmax", "minmax([1, 2, 3])"),
     ("strictly_decreasing", "strictly_decreasing([1, 1])"),

@@ -122,7 +122,7 @@ def test_the_departures_are_numbered_as_in_the_code():
 
 def test_the_row_in_the_readme_is_a_training_row():
     line = next(line for line in README.splitlines() if line.startswith('{"id"'))
-    row = grouprank.read_row(json.loads(line))
+    row = grouprank.check_row(json.loads(line))
     answer = grouprank.parse_answer(row.response, len(row.texts))
     assert (answer.status, tuple(answer.scores)) == ("ok", row.scores)
 

@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import socketserver
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from bench_trust import FAMILIES, HOSTILE, family_tokenizer
-from conftest import ChatServer, LocalServer, save_tiny_model, write_rows
+from conftest import ChatServer, LocalServer, byte_tokenizer, save_tiny_model, write_rows
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -106,13 +105,6 @@ def after_step(monkeypatch, stage, step, act):
 # --- Killed ---------------------------------------------------------------------------------------
 
 
-def test_a_training_killed_at_the_worst_moments_ends_as_if_nothing_had_happened():
-    """SIGKILL to real processes; `python tests/bench_kill.py` adds fifty at random moments."""
-    command = [sys.executable, ROOT / "tests" / "bench_kill.py", "--kills", "1", "--lora-rank", "4"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "8 of 8 kills survived" in done.stdout and done.returncode == 0, done.stdout + done.stderr
-
-
 def test_a_run_depends_on_its_seed_and_on_no_global_random_state(cfg, whole, tmp_path):
     """Nothing but the seed is drawn from, so checkpoints hold no random state."""
     random.seed(9)
@@ -142,11 +134,11 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert stop.value.code == 128 + number
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     out, err = capfd.readouterr()
-    told = [line for line in out.splitlines() if line.startswith("stopped before")]
-    assert told == [f"stopped before {stage} step 3; to go on, repeat the command with --resume"
+    told = [line for line in out.splitlines() if line.startswith("stopped after")]
+    assert told == [f"stopped after {stage} step 2; to go on, repeat the command with --resume"
                     f" --out {tmp_path / 'run'}"]  # fmt: skip
     assert "finishing this step" in err
-    assert (tmp_path / "run" / "checkpoints" / f"{stage}-0000002.pt").exists()
+    assert grouprank.read_state(tmp_path / "run" / "checkpoints" / f"{stage}.pt")["step"] == 2
     assert resumed(cfg, tmp_path / "run") == whole
 
 
@@ -161,7 +153,7 @@ def test_a_second_signal_of_either_kind_stops_at_once(cfg, tmp_path, monkeypatch
     after_step(monkeypatch, "sft", 2, twice)
     with pytest.raises(KeyboardInterrupt):
         grouprank.train(cfg, PROMPT, tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints" / "sft-0000002.pt").exists()
+    assert grouprank.read_state(tmp_path / "run" / "checkpoints" / "sft.pt")["step"] == 1
 
 
 @contextlib.contextmanager
@@ -176,9 +168,9 @@ def files_of_at_most(n_bytes):
 
 
 @pytest.mark.parametrize(("what", "call", "n_bytes", "left"), [
-    ("sft_step", 2, 100, ["sft-0000001"]),  # a line of metrics.jsonl does not fit
-    ("save_state", 2, 50_000, ["sft-0000001"]),
-    ("save_model", 1, 50_000, ["sft-0000002", "sft-0000003"]),  # OUT/sft, after the last step
+    ("sft_step", 2, 100, 1),  # a line of metrics.jsonl does not fit
+    ("save_state", 2, 50_000, 1),
+    ("save_model", 1, 50_000, 3),  # OUT/sft, after the last step
 ])  # fmt: skip
 def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
     cfg, whole, tmp_path, monkeypatch, what, call, n_bytes, left
@@ -195,7 +187,8 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
         patch.setattr(grouprank, what, then_full)
         with pytest.raises(OSError, match=rf"{out}: writing failed .*File too large.*--resume"):
             grouprank.train(cfg, PROMPT, out)
-    assert sorted(path.stem for path in (out / "checkpoints").iterdir()) == left
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["sft.pt"]
+    assert grouprank.read_state(out / "checkpoints" / "sft.pt")["step"] == left
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     assert resumed(cfg, out) == whole
 
@@ -226,7 +219,7 @@ def test_a_full_disk_while_reranking_names_the_file_and_costs_no_finished_batch(
     assert f"error: {partial}: File too large" in capsys.readouterr().err
     assert len(server.bodies) == 2  # the second is lost, as it could not be written
     with ChatServer(lambda body: FIVE) as server:
-        grouprank.main([*command, server.url, "--resume"])
+        grouprank.main([*command, server.url])
     assert len(server.bodies) == 2 and len((tmp_path / "o.run").read_text().splitlines()) == 3
 
 
@@ -242,21 +235,13 @@ def test_an_output_that_cannot_be_written_is_one_sentence(cfg, tmp_path):
 def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(cfg, tmp_path):
     grouprank.train(cfg, PROMPT, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "sft")
-    before = {}
-    for path in (tmp_path / "run" / "checkpoints").glob("sft-*"):
-        path.write_bytes(path.read_bytes()[:1000])
-        before[path] = path.read_bytes()
-    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* can be read; delete sft-"):
-        resumed(cfg, tmp_path / "run")
-    assert all(path.read_bytes() == data for path, data in before.items())
-
-
-def test_an_unreadable_checkpoint_does_not_push_out_a_good_one(tmp_path):
-    (tmp_path / "sft-0000009.pt").write_bytes(b"cut")
-    for step in (2, 3, 4):
-        grouprank.save_state(tmp_path, "sft", step, {"step": step})
-    assert grouprank.last_state(tmp_path, "sft") == {"step": 4}
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["sft-0000003", "sft-0000004", "sft-0000009"]
+    (tmp_path / "run" / "checkpoints" / "grpo.pt").unlink()
+    path = tmp_path / "run" / "checkpoints" / "sft.pt"
+    for damaged in (path.read_bytes()[:1000], b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="sft.pt cannot be read .* delete it to begin the stage again"):
+            resumed(cfg, tmp_path / "run")
+        assert path.read_bytes() == damaged
 
 
 def test_what_a_killed_process_left_is_cleared_when_the_run_goes_on(cfg, whole, tmp_path, monkeypatch):
@@ -264,7 +249,7 @@ def test_what_a_killed_process_left_is_cleared_when_the_run_goes_on(cfg, whole, 
         after_step(patch, "sft", 2, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
         grouprank.train(cfg, PROMPT, tmp_path)
     for name in (".best.tmp/.meta.json.77.tmp", ".sft.tmp/model.safetensors", "final.tmp/config.json",
-                 ".run.json.77.tmp", "checkpoints/.sft-0000001.pt.77.tmp"):  # fmt: skip
+                 ".run.json.77.tmp", "checkpoints/.sft.pt.77.tmp"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("half")
     assert resumed(cfg, tmp_path) == whole
@@ -273,7 +258,7 @@ def test_what_a_killed_process_left_is_cleared_when_the_run_goes_on(cfg, whole, 
 
 def test_a_second_process_is_refused_in_the_folder_of_a_run(cfg, whole, tmp_path, monkeypatch):
     """Resumed, started anew, or told to overwrite; when the first has ended it may go on."""
-    out, refused = tmp_path / "run", pytest.raises(ValueError, match="another process works on .*run.json")
+    out, refused = tmp_path / "run", pytest.raises(ValueError, match="another process works on .*metrics.jsonl")
 
     def contents():
         return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -294,15 +279,8 @@ def test_a_second_process_is_refused_in_the_folder_of_a_run(cfg, whole, tmp_path
 
 def test_a_folder_of_a_file_system_without_locks_is_used_nevertheless(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
-    with grouprank.open_alone(tmp_path / "run.json"), grouprank.open_alone(tmp_path / "run.json"):
+    with grouprank.open_alone(tmp_path / "run"), grouprank.open_alone(tmp_path / "run"):
         pass
-
-
-def test_rewinding_the_log_loses_no_line_with_an_unusual_line_break(tmp_path):
-    log = grouprank.Log(tmp_path)
-    log.sample("grpo", 1, [{"id": "r", "text": "a\u2028b\x85c\x0bd"}])
-    log.rewind("grpo", 1)
-    assert json.loads(log.samples.read_text(encoding="utf-8"))["text"] == "a\u2028b\x85c\x0bd"
 
 
 # --- Starved --------------------------------------------------------------------------------------
@@ -322,7 +300,7 @@ def starve(monkeypatch, fits):
     return sizes
 
 
-def test_a_wave_without_memory_is_tried_once_more_with_half_the_cache_and_draws_the_same(
+def test_a_wave_without_memory_is_decoded_in_halves_and_draws_the_same(
     cfg, tmp_path, monkeypatch
 ):
     run = run_for(cfg, tmp_path)
@@ -339,9 +317,8 @@ def test_a_wave_without_memory_is_tried_once_more_with_half_the_cache_and_draws_
     with monkeypatch.context() as patch:
         sizes = starve(patch, lambda prompts: len(prompts) < 4 and max(map(len, prompts)) < longest)
         found = run.local.sample(prompts, seeds)
-    second = sorted(map(len, prompts))[-2]
-    assert sizes == [4, 2, 2]  # never a third try: the longest prompt and the one beside it get none
-    assert found == [[] if len(p) >= second else row for p, row in zip(prompts, expected, strict=True)]
+    assert sizes == [4, 2, 1, 1, 2]  # the longest prompt, alone at last, gets none
+    assert found == [[] if len(p) == longest else row for p, row in zip(prompts, expected, strict=True)]
 
 
 def test_prompts_without_memory_are_left_out_of_a_step_and_the_others_train(cfg, tmp_path, monkeypatch):
@@ -381,7 +358,7 @@ def test_what_was_cut_to_fit_the_context_is_reported(place, tmp_path, capsys):
     rows = training_rows(2)
     rows[0]["docs"][0]["text"] = "long " * 200
     cfg = settings(place, data=write_rows(tmp_path / "rows.jsonl", rows), stage="sft", sft_epochs=0.5)
-    encoder = grouprank.PromptEncoder(grouprank.load_tokenizer(cfg.model), 1024, 10_000)
+    encoder = grouprank.PromptEncoder(byte_tokenizer(), 1024, 10_000)
     whole, _ = encoder.encode(PROMPT, rows[0]["query"], [doc["text"] for doc in rows[0]["docs"]])
     grouprank.train(cfg, PROMPT, tmp_path / "run")
     out = capsys.readouterr().out
@@ -584,11 +561,11 @@ class Evil:
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
     trace = tmp_path / "trace"
-    torch.save({"step": 1, "evil": Evil(trace)}, tmp_path / "sft-0000001.pt")
-    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-        grouprank.last_state(tmp_path, "sft")
+    torch.save({"step": 1, "evil": Evil(trace)}, tmp_path / "sft.pt")
+    with pytest.raises(ValueError, match="sft.pt cannot be read"):
+        grouprank.read_state(tmp_path / "sft.pt")
     assert not trace.exists()
-    torch.load(tmp_path / "sft-0000001.pt", weights_only=False)
+    torch.load(tmp_path / "sft.pt", weights_only=False)
     assert trace.exists()  # the trap works
 
 
@@ -597,12 +574,12 @@ def test_a_models_weights_cannot_run_code(place, tmp_path):
     shutil.copytree(place / "qwen2", folder)
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Evil(trace)}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no model could be loaded"):
-        grouprank.load_model(str(folder), grouprank.pick_machine("cpu"), trainable=False)
+    with pytest.raises(ValueError, match="no model with a tokenizer could be loaded"):
+        grouprank.load_model(str(folder), grouprank.pick_machine("cpu"))
     assert not trace.exists()
 
 
-def test_code_that_comes_with_a_model_runs_only_with_the_flag(place, tmp_path):
+def test_code_that_comes_with_a_model_never_runs(place, tmp_path):
     folder, trace = tmp_path / "model", tmp_path / "trace"
     shutil.copytree(place / "qwen2", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -614,17 +591,13 @@ def test_code_that_comes_with_a_model_runs_only_with_the_flag(place, tmp_path):
     offers = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel",
               "AutoTokenizer": ["evil.EvilTokenizer", None]}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": offers}))
-    grouprank.load_tokenizer(str(folder))
-    grouprank.load_model(str(folder), machine, trainable=False)
+    grouprank.load_model(str(folder), machine)
     assert not trace.exists()
     offers = {"AutoConfig": "evil.EvilConfig"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": offers}))
     with pytest.raises(ValueError, match="contains custom code"):
-        grouprank.load_model(str(folder), machine, trainable=False)
-    assert not trace.exists() and not grouprank.Config().trust_remote_code
-    with contextlib.suppress(ValueError):  # it has no model class; that its code ran is enough
-        grouprank.load_model(str(folder), machine, trainable=False, trust_remote_code=True)
-    assert trace.exists()
+        grouprank.load_model(str(folder), machine)
+    assert not trace.exists()
 
 
 def test_keys_and_rows_do_not_reach_the_logs(cfg, tmp_path, monkeypatch, capfd):
@@ -755,9 +728,10 @@ def test_meta_json_says_what_made_the_model(cfg, tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "sft"):
         meta = json.loads((folder / "meta.json").read_text())
         assert meta["command"] == run["command"] == ["--train", "--seed", "0"]
-        assert meta["config"] == run["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
-        assert meta["prompt_hash"] == run["prompt"] == PROMPT.hash
-        assert meta["data"] == run["data"] and [len(name) for name in run["data"]] == [16]
+        assert meta["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
+        assert meta["prompt_hash"] == run["task"]["prompt"] == PROMPT.hash
+        assert meta["data"] == run["task"]["data"] and [len(name) for name in meta["data"]] == [16]
+        assert (run["task"]["sft_lr"], run["task"]["model"]) == (cfg.sft_lr, cfg.model)
         assert {"grouprank", "python", "torch", "transformers", "numpy"} == meta["versions"].keys()
 
 
