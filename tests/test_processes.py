@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 import zlib
 from pathlib import Path
@@ -118,12 +119,21 @@ def train_case(folder, name, n_processes, **more):
         (out / "drawn.json").write_text(json.dumps(drawn))
 
 
-def run_processes(n_processes, *args, torchrun=False):
-    """Run this file in several processes: by torchrun, or forked, which imports torch only once."""
-    start = [*"-m torch.distributed.run --standalone --nproc-per-node".split(), str(n_processes)]
-    command = [sys.executable, *(start if torchrun else []), __file__, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "FORKS": str(n_processes)})  # fmt: skip
+def run_processes(n_processes, folder, *names, torchrun=False):
+    """Run cases in several processes: by torchrun, or forked, which imports torch only once.
+
+    Returns (exit status, what they wrote to stderr).
+    """
+    if torchrun:
+        command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split(),
+                   str(n_processes), __file__, str(folder), *names]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return done.returncode, done.stderr
+    with tempfile.TemporaryFile("w+") as errors:
+        status = fork(n_processes, errors, folder, *names)
+        errors.seek(0)
+        return status, errors.read()
 
 
 def state_of(out):
@@ -148,8 +158,8 @@ def folder(tmp_path_factory):
     for name in FORCED | REAL:
         train_case(folder, name, 1)
     for n_processes, names in (2, [*FORCED, *REAL]), (4, ("grpo-lora", "sft-full")):
-        done = run_processes(n_processes, folder, *names)
-        assert done.returncode == 0, done.stderr
+        status, errors = run_processes(n_processes, folder, *names)
+        assert status == 0, errors
     return folder
 
 
@@ -181,20 +191,20 @@ def test_real_rollouts_are_the_same_and_so_are_logs_and_models(folder, name):
 
 def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_go_on(folder):
     """Stopped after two of five steps; one process and four end where one that was never stopped does."""
-    assert run_processes(2, folder, "stopped").returncode == 143  # 128 + SIGTERM, from both
+    assert run_processes(2, folder, "stopped")[0] == 143  # 128 + SIGTERM, from both
     assert state_of(folder / "stopped-2")["step"] == 2
     for n_processes in (1, 4):
         shutil.copytree(folder / "stopped-2", folder / f"stopped-{n_processes}")
     train_case(folder, "stopped", 1, resume=True)
-    done = run_processes(4, folder, "stopped", "resume")
-    assert done.returncode == 0, done.stderr
+    status, errors = run_processes(4, folder, "stopped", "resume")
+    assert status == 0, errors
     for n_processes in (1, 4):
         assert same_weights(folder / f"stopped-{n_processes}", folder / "grpo-full-1")
 
 
 def test_one_process_that_fails_ends_all_with_its_message(folder):
-    done = run_processes(2, folder, "broken", torchrun=True)
-    assert done.returncode != 0 and "RuntimeError: broken on purpose" in done.stderr
+    status, errors = run_processes(2, folder, "broken", torchrun=True)
+    assert status != 0 and "RuntimeError: broken on purpose" in errors
     assert not (folder / "broken-2/meta.json").exists()
 
 
@@ -235,8 +245,8 @@ def main(folder, *names):
     torch.distributed.destroy_process_group()
 
 
-def fork(n_processes, work, *args):
-    """Do some work in n processes that are started as torchrun starts them; their exit status."""
+def fork(n_processes, errors, *args):
+    """Run main in n processes that are started as torchrun starts them; their exit status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -247,22 +257,19 @@ def fork(n_processes, work, *args):
             continue
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                        "WORLD_SIZE": str(n_processes), "MASTER_PORT": str(port)}
+        os.dup2(errors.fileno(), 2)
         status = 1
         try:
-            work(*args)
+            main(*args)
             status = 0
         except SystemExit as stop:
             status = stop.code
         except Exception:
-            traceback.print_exc()
+            traceback.print_exc(file=sys.__stderr__)
         os._exit(status)  # without the exit handlers of threads that a fork does not copy
     codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
     return codes.pop() if len(codes) == 1 else 1
 
 
 if __name__ == "__main__":
-    arguments = Path(sys.argv[1]), *sys.argv[2:]
-    if "WORLD_SIZE" in os.environ:
-        main(*arguments)
-    else:
-        sys.exit(fork(int(os.environ["FORKS"]), main, *arguments))
+    main(Path(sys.argv[1]), *sys.argv[2:])
