@@ -492,14 +492,41 @@ class Answer(NamedTuple):
         return self.scores is not None and None not in self.scores and not self.invented
 
 
+# Full-width forms, curly and single quotes, as the ASCII that they stand for.
+_ASCII = str.maketrans({chr(c + 0xFEE0): chr(c) for c in range(0x21, 0x7F)}
+                       | dict.fromkeys("“”„‟«»‘’‚‛'", '"') | {"【": "[", "】": "]"})
+
+
+def forgiving(parse: Callable) -> Callable:
+    """Give a parser a second try at answers that are written oddly and have one reading only.
+
+    The status stays that of the text as it stands, so the reward forgives nothing of this.
+    """
+    @functools.wraps(parse)
+    def parse_twice(text: str, n_docs: int = 1) -> Answer:
+        answer = parse(text, n_docs)
+        if answer.complete:
+            return answer
+        plain = re.sub(r"</?(?:reason|answer|think)>", lambda tag: tag[0].lower(),
+                       text.translate(_ASCII), flags=re.IGNORECASE)
+        plain = re.sub(r'"?\b(\d{1,2})\s*/\s*10\b"?', r"\1", plain)  # 7/10
+        plain = re.sub(r"/\*[^*]*\*/|(?<=[\s,{\d])(?://|#)[^\n]*", "", plain)  # comments
+        plain = re.sub(r",(\s*\})", r"\1", plain)  # a comma behind the last score
+        again = parse(plain, n_docs)
+        return answer._replace(scores=again.scores, invented=False) if again.complete else answer
+
+    return parse_twice
+
+
+@forgiving
 def parse_answer(text: str, n_docs: int) -> Answer:
     """Read the scores of documents 1..n_docs out of a completion. Never raises.
 
     The status is strict and feeds the reward (Eq. 4): "ok" only for one reason and one answer, in
     this order, whose JSON object (bare or in a code fence) gives each document once an integer from
-    0 to 10. `scores` are what can safely be read nevertheless: from the last <answer> on, from the
-    first { to the last }, with whole numbers accepted as 7.0 or "7". A document that is named twice
-    has no score. Text up to </think> and text before <reason> are ignored.
+    0 to 10. `scores` are what can safely be read nevertheless: of the answer from the first { to
+    the last }, whole numbers accepted as 7.0 or "7". A document that is named twice has no score.
+    Text up to </think> and text before <reason> are ignored.
     """
     reason, inside, tags_ok = read_tags(text)
     pairs, json_ok = load_json_pairs(inside or "")
@@ -516,13 +543,18 @@ def worst_fault(faults: set[str], json_ok: bool, tags_ok: bool) -> str:
 
 
 def read_tags(text: str) -> tuple[str, str | None, bool]:
-    """Return (the reason, what stands in the last <answer> or None, whether the tags are right)."""
+    """Return (the reason, what stands in <answer> or None, whether the tags are right).
+
+    A draft is no answer: nothing is read where thinking does not end, or <answer> opens again.
+    """
     body = text.rpartition("</think>")[2]
     reason = body.partition("<reason>")[2].partition("</reason>")[0].strip()
-    _, opened, rest = body.rpartition("<answer>")
-    inside = rest.partition("</answer>")[0] if opened else None
+    before, opened, rest = body.partition("<answer>")
+    if not opened or re.search("<(?:answer|think)>", before + rest, re.IGNORECASE):
+        return reason, None, False
     pieces = re.split("(</?(?:reason|answer)>)", body)  # text, tag, text, ..., tag, text
     tags_ok = pieces[1::2] == ["<reason>", "</reason>", "<answer>", "</answer>"]
+    inside = rest.partition("</answer>")[0]
     return reason, inside, tags_ok and not (pieces[4] + pieces[8]).strip()
 
 
@@ -534,30 +566,40 @@ def load_json_pairs(text: str) -> tuple[tuple | None, bool]:
                            parse_int=lambda digits: int(digits) if len(digits) < 9 else math.inf)
     except (ValueError, RecursionError):  # the second where brackets nest 100,000 deep
         return None, False
+    if len(value) == 1 and isinstance(value[0][1], tuple) and not re.search(r"\d", value[0][0]):
+        return value[0][1], False  # {"scores": {...}}
     around = (text[:start] + " " + text[end:]).split()
     return value, around in ([], ["```json", "```"], ["```", "```"])
 
 
-def read_scores(pairs: Sequence[tuple], n_docs: int) -> tuple[list[int | None], set[str]]:
+def read_scores(pairs: Sequence[tuple], n_docs: int) -> tuple[list[int | None] | None, set[str]]:
     """Turn answer pairs into n_docs scores and the faults among them."""
     scores: list[int | None] = [None] * n_docs
     seen: Counter[int] = Counter()
     faults = set()
     for key, value in pairs:
         digits = key.strip().removeprefix("[").removesuffix("]").strip()
-        number = int(digits) if re.fullmatch(r"\d{1,8}", digits, re.ASCII) else 0
+        number = int(digits) if re.fullmatch(r"\d{1,8}", digits, re.ASCII) else -1
+        seen[number] += 1
         if not 1 <= number <= n_docs:
             faults.add("out_of_range")
             continue
-        seen[number] += 1
         if seen[number] > 1:
             faults.add("duplicate")
         if type(value) is not int or not 0 <= value <= SCORE_MAX:
             faults.add("bad_score")
         scores[number - 1] = whole_score(value) if seen[number] == 1 else None
-    if len(seen) < n_docs:
+    if not seen.keys() >= set(range(1, n_docs + 1)):
         faults.add("missing")
-    return scores, faults
+    return (scores if counts_from_one(seen, n_docs) else None), faults
+
+
+def counts_from_one(seen: Counter[int], n_docs: int) -> bool:
+    """Whether numbers mean the documents 1..n_docs: not if 0 is named, or one beyond the last
+    while others are not named once. Then the answer counts from zero, or is about another list.
+    """
+    right = all(seen[number] == 1 for number in range(1, n_docs + 1))
+    return 0 not in seen and (right or max(seen, default=0) <= n_docs)
 
 
 def whole_score(value) -> int | None:
@@ -569,33 +611,43 @@ def whole_score(value) -> int | None:
     return int(value) if 0 <= value <= SCORE_MAX and value == int(value) else None
 
 
-def parse_rating(text: str, n_docs: int = 1) -> Answer:
+@forgiving
+def parse_rating(text: str, n_docs: int) -> Answer:
     """Read the score of the one document of a pointwise prompt. Never raises.
 
-    Accepts 7, 7.0 and the groupwise form {"[1]": 7}; the status is "ok" as in parse_answer.
+    Accepts 7, 7.0, the groupwise form {"[1]": 7}, and less strictly **7**, [7] and Score: 7; the
+    status is "ok" as in parse_answer.
     """
     reason, inside, tags_ok = read_tags(text)
     if inside is None or "{" in inside:
         return parse_answer(text, n_docs)
-    number = re.fullmatch(r"(\d{1,2})(?:\.0{1,9})?", inside.strip(), re.ASCII)
+    number = re.fullmatch(r"(?:\W{,9}score)?[\s:*\[]{,9}(\d{1,2})(?:\.0{1,9})?[\s*\]]{,9}",
+                          inside.strip(), re.ASCII | re.IGNORECASE)
     score = whole_score(number[1]) if number else None
     faults = {"bad_score"} if score is None else set()
-    return Answer([score], worst_fault(faults, number is not None, tags_ok), reason)
+    plain = number is not None and inside.strip()[0].isdigit() and inside.strip()[-1].isdigit()
+    return Answer([score], worst_fault(faults, plain, tags_ok), reason)
 
 
+@forgiving
 def parse_permutation(text: str, n_docs: int) -> Answer:
     """Read the order of a listwise answer, such as [3] > [1] > [2]. Never raises.
 
-    The scores are falling places: n_docs for the best, 1 for the last. Repaired as RankGPT and
-    rank_llm do, with the worst fault as the status: of a number that comes twice the first place
-    counts, numbers out of range are dropped, missing documents follow in the prompt's order. JSON
-    is no order: the scores of a groupwise answer would be read as document numbers.
+    The scores are falling places: n_docs for the best, 1 for the last. Where numbers stand in
+    brackets only they count, as others may be ranks; without any, the answer must be a plain list
+    of different numbers. A rising chain, [2] < [1], is not read, nor is JSON, whose scores would
+    be taken for documents. Repaired as RankGPT and rank_llm do, with the worst fault as the status:
+    of a number that comes twice the first place counts, missing documents follow in the prompt's
+    order.
     """
     reason, inside, tags_ok = read_tags(text)
-    inside = "" if inside is None or "{" in inside else inside
-    numbers = [int(digits) for digits in re.findall(r"\d{1,9}", inside, re.ASCII)]
+    inside = "" if inside is None or re.search("[{<]", inside) else inside
+    numbers = [int(n) for n in re.findall(r"\[\s{,9}(\d{1,9})\s{,9}\]", inside, re.ASCII)]
+    words = re.split(r"[>,;\s]+", inside.strip())
+    if not numbers and all(re.fullmatch(r"\d{1,9}", w, re.ASCII) for w in words):
+        numbers = list(map(int, words)) if len(set(words)) == len(words) else []
     known = [number for number in numbers if 1 <= number <= n_docs]
-    if not known:
+    if not known or not counts_from_one(Counter(numbers), n_docs):
         return Answer(None, worst_fault(set(), False, tags_ok), reason)
     order = list(dict.fromkeys([*known, *range(1, n_docs + 1)]))
     scores: list[int | None] = [0] * n_docs
@@ -1444,6 +1496,9 @@ def count_answer(completion: Completion, method: Method, n_docs: int, counts: Co
     text = completion.text
     if completion.truncated:
         text = text.rstrip("0123456789")  # the 1 at the cut may be the start of a 10
+        _, closed, rest = text.rpartition("</answer>")
+        if closed and rest.strip():
+            text = ""  # it had not finished: what stood in the tags was a draft
     answer = method.parse(text, n_docs)
     counts[answer.status] += 1
     counts["truncated"] += completion.truncated

@@ -210,6 +210,8 @@ def check_parsers(text):
             if answer.scores is not None:
                 assert len(answer.scores) in (1, n_docs)
                 assert all(s is None or (type(s) is int and 0 <= s <= 10) for s in answer.scores)
+                written = text.translate(grouprank._ASCII)
+                assert all(s is None or str(s) in written for s in answer.scores)
             assert answer.status != "ok" or None not in answer.scores
         order = grouprank.parse_permutation(text, n_docs).scores
         assert order is None or sorted(order) == list(range(1, n_docs + 1))  # no document twice

@@ -173,14 +173,15 @@ def test_parser_accepts_what_released_checkpoints_emit(text):
     ('{"[1]": 7}', "missing", [7, None]),
     ('{"[1]": 7, "[2]": 3, "[2]": 4}', "duplicate", [7, None]),
     ('{"[1]": 7, "[2]": 3, "[2]": 3}', "duplicate", [7, None]),
-    ('{"[1]": 7, "[1]": 7, "[2]": 3, "[3]": 3}', "out_of_range", [None, 3]),
-    ('{"[0]": 9, "[1]": 7, "[2]": 3}', "out_of_range", [7, 3]),
+    ('{"[1]": 7, "[1]": 7, "[2]": 3, "[3]": 3}', "out_of_range", None),
+    ('{"[0]": 9, "[1]": 7, "[2]": 3}', "out_of_range", None),  # it may count from zero
+    ('{"[0]": 2, "[1]": 9}', "out_of_range", None),
+    ('{"[1]": 7, "[3]": 3}', "out_of_range", None),
     ('{"[1]": 7, "[2]": 3, "[3]": 3}', "out_of_range", [7, 3]),
     ('{"[-1]": 7, "[1]": 7, "[2]": 3}', "out_of_range", [7, 3]),
     ('{"title": 7, "[1]": 7, "[2]": 3}', "out_of_range", [7, 3]),
     ('The scores: {"[1]": 7, "[2]": 3}', "bad_json", [7, 3]),
     ('{"[1]": 7, "[2]": 3', "bad_json", None),
-    ('{"[1]": 7, "[2]": 3,}', "bad_json", None),
     ('{"[1]": 7}, {"[2]": 3}', "bad_json", None),
     ("[7, 3]", "bad_json", None),
     ("", "bad_json", None),
@@ -202,7 +203,6 @@ def test_parser_tells_faults_of_the_json_apart(body, status, scores):
     '<reason>r<answer>{"[1]": 7, "[2]": 3}</answer>',
     '<answer>{"[1]": 7, "[2]": 3}</answer><reason>r</reason>',
     '<reason>a</reason><reason>b</reason><answer>{"[1]": 7, "[2]": 3}</answer>',
-    '<reason>r</reason><answer>{"[1]":1}</answer><answer>{"[1]": 7, "[2]": 3}</answer>',
     '<reason>r</reason><answer>{"[1]": 7, "[2]": 3}</answer> and so on',
     '<reason>r</reason> so <answer>{"[1]": 7, "[2]": 3}</answer>'])
 def test_parser_calls_wrong_tags_bad_but_reads_what_it_safely_can(text):
@@ -213,6 +213,39 @@ def test_parser_calls_wrong_tags_bad_but_reads_what_it_safely_can(text):
 def test_without_an_answer_nothing_is_read():
     for text in ("", '{"[1]": 7, "[2]": 3}', '</answer>{"[1]": 7}<answer'):
         assert parse_answer(text, 2) == grouprank.Answer(None, "bad_tags")
+
+
+@pytest.mark.parametrize("text", [
+    '<think><reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer>',
+    '<think>maybe<answer>{"[1]": 9, "[2]": 1}</answer> no wait',
+    '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer><think>no',
+    '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer> or <answer>{"[1]": 1, "[2]": 9}</answer>',
+    '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer> or <ANSWER>{"[1]": 1',
+    '<answer>{"[1]": 9, "[2]": 1}<answer>'])
+def test_a_draft_is_no_answer(text):
+    """Thinking that never ends, or an answer that begins again: not read, and not rewarded."""
+    for parse in (parse_answer, grouprank.parse_rating, grouprank.parse_permutation):
+        assert (parse(text, 2).scores, parse(text, 2).status) == (None, "bad_tags")
+    assert score_completion(text, [10, 0]).total == -0.5
+    assert parse_answer("thought </think>" + answer([9, 1]), 2).status == "ok"
+
+
+@pytest.mark.parametrize("body", [
+    '{"[1]": 7, "[2]": 3,}', "{'[1]': 7, '[2]': 3}", "{“[1]”: 7, “[2]”: 3}", '{"[1]"： 7， "[2]"： 3}',
+    '{"[1]": 7, // helps\n "[2]": 3 # less\n}', '{"[1]": 7, /* helps */ "[2]": 3}',
+    '{"[1]": "7/10", "[2]": 3 / 10}', '{"scores": {"[1]": 7, "[2]": 3}}', '{"[１]": 7, "【2】": ３}'])
+def test_oddly_written_scores_with_one_reading_are_read_but_not_rewarded(body):
+    for tag in ("answer", "ANSWER"):
+        parsed = parse_answer(f"<reason>r</reason><{tag}>{body}</{tag}>", 2)
+        assert (parsed.scores, parsed.complete) == ([7, 3], True) and parsed.status != "ok"
+        assert score_completion(f"<reason>r</reason><{tag}>{body}</{tag}>", [10, 0]).total < 0
+
+
+@pytest.mark.parametrize("body", ['{"[1]": 7, "[2]": 3/100}', '{"[1]": 7, "[2]": 0.3/10}',
+                                  '{"[1]": 7, "[2]": -3/10}', '{"[1]": 7, "[2]": 13/10}',
+                                  '{"[1]": 7} and {"[2]": 3}'])
+def test_what_has_no_one_reading_is_not_read(body):
+    assert not parse_answer(f"<reason>r</reason><answer>{body}</answer>", 2).complete
 
 
 def test_parser_survives_deep_nesting_and_huge_keys():
@@ -232,7 +265,8 @@ def test_parser_is_linear_on_a_megabyte_of_tags():
 @pytest.mark.parametrize(("inside", "status", "scores"), [
     (" 7 ", "ok", [7]), ("10.0", "ok", [10]), ('{"[1]": 7}', "ok", [7]),
     ("11", "bad_score", [None]),
-    *((other, "bad_json", [None]) for other in ("7.5", "7/10", "-1", "٣", ""))])
+    *((other, "bad_json", [7]) for other in ("**7**", "7/10", "Score: 7", "**Score:** 7", "[7]", "７")),
+    *((other, "bad_json", [None]) for other in ("7.5", "7/100", "-1", "٣", "", "7 or 8"))])
 def test_a_rating_is_one_whole_number_from_0_to_10(inside, status, scores):
     parsed = grouprank.parse_rating(f"<reason>r</reason>\n<answer>{inside}</answer>")
     assert (parsed.status, parsed.scores, parsed.reason) == (status, scores, "r")
@@ -246,8 +280,13 @@ def test_a_rating_is_one_whole_number_from_0_to_10(inside, status, scores):
     ("[2] > [3]", "missing", [2, 3, 1]),
     ("[3]", "missing", [3, 1, 2]),
     ("[2] > [3] > [2] > [1]", "duplicate", [2, 3, 1]),
-    ("[2] > [4] > [3] > [0] > [1]", "out_of_range", [2, 3, 1]),
-    ("[2] > [2] > [9]", "out_of_range", [2, 1, 3])])
+    ("[2] > [4] > [3] > [1]", "out_of_range", [2, 3, 1]),
+    ("２ > ３ > １", "bad_json", [2, 3, 1]),
+    ("1. [2]\n2. [3]\n3. [1]", "ok", [2, 3, 1]),
+    ("Rank 1: [2]\nRank 2: [3]\nRank 3: [1]", "ok", [2, 3, 1]),
+    ("| rank | document |\n|---|---|\n| 1 | [2] |\n| 2 | [3] |\n| 3 | [1] |", "ok", [2, 3, 1]),
+    ("[2] (2) > [3] (2) > [1] (1)", "ok", [2, 3, 1]),
+    ("Top 3: [2] > [3] > [1]", "ok", [2, 3, 1])])
 def test_a_permutation_is_repaired_as_reference_tools_do_and_the_fault_is_told(
     inside, status, order
 ):
@@ -256,8 +295,20 @@ def test_a_permutation_is_repaired_as_reference_tools_do_and_the_fault_is_told(
     assert [parsed.scores[i - 1] for i in order] == [3, 2, 1]  # falling places, each once
 
 
-@pytest.mark.parametrize("inside", ["[9]", "none of them", '{"[2]": 3, "[1]": 1}'])
-def test_numbers_out_of_range_and_scores_are_no_order(inside):
+def test_of_random_numbered_lists_every_one_is_read_right():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        order = (1 + rng.permutation(20)).tolist()
+        form = str(rng.choice(["{}. [{}]", "{}) [{}]", "Rank {}: [{}]", "| {} | [{}] |", "#{} - [{}] (20)"]))
+        lines = "\n".join(form.format(rank, document) for rank, document in enumerate(order, 1))
+        parsed = grouprank.parse_permutation(f"<reason>r</reason><answer>\n{lines}\n</answer>", 20)
+        assert [parsed.scores[i - 1] for i in order] == list(range(20, 0, -1))
+
+
+@pytest.mark.parametrize("inside", [
+    "[9]", "none of them", '{"[2]": 3, "[1]": 1}', "[2] < [1] < [3]", "1. 3\n2. 1\n3. 2", "1 3\n2 1\n3 2",
+    "[2] > [0] > [1]", "[2] > [3] > [4]", "[2] > [2] > [9]"])
+def test_numbers_out_of_range_ranks_chains_that_rise_and_scores_are_no_order(inside):
     text = f"<reason>9 8 7</reason><answer>{inside}</answer>"
     parsed = grouprank.parse_permutation(text, 3)
     assert (parsed.status, parsed.scores) == ("bad_json", None)
