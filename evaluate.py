@@ -44,7 +44,8 @@ def run_cli(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # sys.exit would wait for the requests that are in flight
     except BrokenPipeError:  # `... | head` has seen enough; keep the interpreter's last flush quiet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -197,6 +198,12 @@ def numbered_lines(path):
         except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             number = next(n_read) + isinstance(error, UnicodeDecodeError)  # a line not yet counted
             raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def read_text(path):
+    """A whole text file, read as `numbered_lines` does."""
+    with numbered_lines(path) as lines:
+        return "".join(lines)
 
 
 def split_columns(line, left=-1, right=0):

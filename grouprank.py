@@ -124,7 +124,7 @@ class Config:
     max_prompt_tokens: int = both(24000, "tokens of a prompt; longer ones have their documents"
         " shortened evenly", "paper Table 10: 24,000")
     max_new_tokens: int = both(8000, "tokens of an answer", "paper Table 10: 8,000")
-    device: str = both("auto", "auto, cpu, cuda or cuda:N")
+    device: str = both("auto", "auto, cpu, cuda, cuda:N, or mps (not tried)")
     precision: str = both("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16",
         choices=("auto", "fp32", "bf16", "fp16"))
     cache_gib: float = both(0.0, "memory for keys and values while decoding; 0: 40 % of the free"
@@ -459,8 +459,9 @@ class PromptEncoder:
 def render_chat(tokenizer, system: str, user: str) -> str:
     """The text of a chat up to where the model answers; plain text without a chat template."""
     if not tokenizer.chat_template:
-        start = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
-        return f"{start or ''}{system}\n\n{user}\n\n"
+        bos = tokenizer.bos_token_id  # asked of what it does: its settings do not always say
+        starts = bos is not None and tokenizer("x")["input_ids"][0] == bos
+        return f"{tokenizer.bos_token if starts else ''}{system}\n\n{user}\n\n"
     from jinja2 import TemplateError  # comes with torch and transformers, which renders with it
 
     # Thinking is off where a template offers the switch: the reasoning goes into <reason>.
@@ -1080,6 +1081,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     """
     if temperature == 0:
         return logits.argmax(-1)
+    device = logits.device
+    if device.type == "mps":  # it has no float64
+        logits, uniforms = logits.cpu(), uniforms.cpu()
     probs = (logits.float() / temperature).softmax(-1).double()
     if top_p < 1:
         probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
@@ -1087,7 +1091,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     cdf = probs.cumsum(-1)
     place = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
     place = place.clamp(max=logits.shape[-1] - 1)
-    return (place if top_p >= 1 else order.gather(-1, place)).squeeze(-1)
+    return (place if top_p >= 1 else order.gather(-1, place)).squeeze(-1).to(device)
 
 
 def random_stream(seed: Sequence[int | str], n: int) -> np.ndarray:
@@ -1119,16 +1123,18 @@ def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
 @torch.no_grad()
 def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
                    max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
-                   top_p: float = 1.0) -> list[list[list[int]]]:
+                   top_p: float = 1.0, tick: Callable | None = None) -> list[list[list[int]]]:
     """Decode len(seeds[b]) answers to each prompt b, as many for every prompt; (B, G) lists of ids.
 
     Each answer draws from its own random stream, so it does not depend on the others. Once half of
     them have ended, they are dropped. An answer that ended holds its end token; a cut one does not.
+    After each token, tick(how many have ended, tokens so far) is called.
     """
     assert not model.training, "decode in eval(): gradient checkpointing and dropout are off there"
     decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
     streams = [random_stream(seed, max_new_tokens) for row in seeds for seed in row]
-    uniforms = torch.from_numpy(np.stack(streams)).to(device)  # (R, C)
+    uniforms = torch.from_numpy(np.stack(streams))  # (R, C), float64
+    uniforms = uniforms if device.type == "mps" else uniforms.to(device)
     logits, kept = prefill(model, prompts)
     cache = DecodingCache(kept, len(seeds[0]))
     logits = logits.repeat_interleave(cache.n_answers, 0)  # (R, V)
@@ -1137,10 +1143,12 @@ def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequ
     tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
     ends = torch.tensor(list(end_ids), device=device)
     for step in range(max_new_tokens):
-        new = sample_tokens(logits, uniforms[rows, step], temperature, top_p)
+        new = sample_tokens(logits, uniforms[rows.to(uniforms.device), step], temperature, top_p)
         tokens[rows[live], step] = new[live]
         live &= ~torch.isin(new, ends)
         n_live = int(live.sum())
+        if tick is not None:
+            tick(len(tokens) - n_live, step + 1)
         if n_live == 0 or step + 1 == max_new_tokens:
             break
         if n_live <= len(rows) // 2:
@@ -1502,6 +1510,8 @@ def count_answer(completion: Completion, method: Method, n_docs: int, counts: Co
     answer = method.parse(text, n_docs)
     counts[answer.status] += 1
     counts["truncated"] += completion.truncated
+    if not any(score is not None for score in answer.scores or ()):
+        counts[f"unread: {visible(completion.text).strip()[:100]}"] += 1
     return answer
 
 
@@ -1641,10 +1651,11 @@ def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
     """Resolve --device and --precision: bf16 on CUDA, float32 on CPU unless told otherwise."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     kind = (here if device == "auto" else device).partition(":")[0]
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or kind not in ("cpu", here):
-        raise ValueError(f"--device {device}: there are auto, cpu, cuda and cuda:N, and PyTorch"
-                         f" sees {here} here")
-    precision = {"cuda": "bf16", "cpu": "fp32"}[kind] if precision == "auto" else precision
+    seen = {here, "cpu"} | ({"mps"} if torch.backends.mps.is_available() else set())
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) or kind not in seen:
+        raise ValueError(f"--device {device}: there are auto, cpu, mps, cuda and cuda:N, and"
+                         f" PyTorch sees {' and '.join(sorted(seen))} here")
+    precision = ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision
     return Machine(torch.device(here if device == "auto" else device), DTYPES[precision])
 
 
@@ -1660,6 +1671,9 @@ def load_model(path: str, machine: Machine, *, trainable: bool = False):
     # A name without a slash is a folder: asking the hub for a misspelt one takes half a minute.
     if "/" not in path and not Path(path).is_dir():
         raise ValueError(f"--model {path}: no such folder (a name on the hub looks like org/name)")
+    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+        raise ValueError(f"--model {path} holds a LoRA adapter alone; give the folder of the merged"
+                         " model, for a run of --train the one above it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         stored_dtype = getattr(AutoConfig.from_pretrained(path), "dtype", None) or torch.float32
@@ -1989,7 +2003,7 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
 
 def read_prompt(path: str) -> Prompt:
     """Read a template file: system text, a line that is only '---', user text."""
-    text = "\n" + Path(path).read_text(encoding="utf-8")  # so that '---' may be the first line
+    text = "\n" + evaluate.read_text(path)  # so that '---' may be the first line
     system, line, user = text.partition("\n---\n")
     try:
         if line:
@@ -2005,17 +2019,17 @@ def open_alone(path: Path):
     Two processes would write over each other, or pay for each answer twice. Closing the file ends
     the lock, and so does the end of the process, however it comes.
     """
-    import fcntl  # POSIX only
-
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")
     try:
+        import fcntl  # POSIX only
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise ValueError(f"another process works on {path}: wait until it ends, or take another"
                          " --out") from None
-    except OSError:  # a file system without locks, as some clusters have
+    except (OSError, ImportError):  # a file system without locks, as some clusters have; Windows
         pass
     return file
 
@@ -2206,6 +2220,23 @@ def generate_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Se
     return [list(itertools.islice(answers, len(row))) for row in seeds]
 
 
+class DecodingProgress:
+    """How decoding goes on: a bar in a terminal, elsewhere a line a minute."""
+
+    def __init__(self, n_answers: int):
+        self.bar = tqdm(total=n_answers, desc="answers", disable=None, leave=False)
+        self.n_before, self.said_at = 0, time.monotonic()  # answers of earlier waves
+
+    def __call__(self, n_ended: int, n_tokens: int) -> None:
+        """Called after each token of a wave."""
+        self.bar.set_postfix_str(f"{n_tokens} tokens", refresh=False)
+        self.bar.update(self.n_before + n_ended - self.bar.n)
+        if self.bar.disable and time.monotonic() - self.said_at > 60:
+            self.said_at = time.monotonic()
+            print(f"... {self.n_before + n_ended} of {self.bar.total} answers have ended, the others"
+                  f" have {n_tokens} tokens", flush=True)
+
+
 class LocalModel:
     """Answers prompts with a transformers model on this machine.
 
@@ -2255,11 +2286,11 @@ class LocalModel:
         """
         self.model.eval()
         answers: list[list[list[int]]] = [[] for _ in prompts]
-        progress = tqdm(total=len(prompts), desc="prompts", disable=None, leave=False)
-        shares = shares_prompts(self.model)
-        decode = sample_answers if shares else generate_answers
-        waves = plan_waves([len(p) for p in prompts], len(seeds[0]) if seeds else 0,
-                           self.cfg.max_new_tokens, self.cache_tokens(), shares)
+        shares, n_answers = shares_prompts(self.model), len(seeds[0]) if seeds else 0
+        waves = plan_waves([len(p) for p in prompts], n_answers, self.cfg.max_new_tokens,
+                           self.cache_tokens(), shares)
+        progress = DecodingProgress(len(prompts) * n_answers)
+        decode = functools.partial(sample_answers, tick=progress) if shares else generate_answers
         while waves:
             wave, rows = waves.pop(0), ()
             try:
@@ -2274,8 +2305,8 @@ class LocalModel:
                 waves[:0] = [wave[:half], wave[half:]] if half else []
             for b, row in zip(wave, rows, strict=False):
                 answers[b] = row
-            progress.update(len(rows))
-        progress.close()
+            progress.n_before += len(rows) * n_answers
+        progress.bar.close()
         return answers
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
@@ -2302,6 +2333,10 @@ def print_once(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
+class NoAnswer(ValueError):
+    """A reply that is plainly no answer, and will not be one soon."""
+
+
 class NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would take the key to another host, and make a GET of a POST: it is an error."""
 
@@ -2325,6 +2360,7 @@ class Endpoint:
     FATAL = (301, 302, 303, 307, 308, 401, 403, 404)  # a wrong key, address or name stays wrong
     AGAIN = (408, 429)  # and 5xx: may get better; other answers of 4xx will not
     REST_S, LONGEST_PAUSE_S = 30.0, 60.0
+    MOST_NONE = 3  # replies in a row, for each server, that are plainly no answers
     # Lost connections and time-outs are OSErrors; the others come from answers that are none.
     FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
               AttributeError, ArithmeticError, RecursionError)
@@ -2341,6 +2377,7 @@ class Endpoint:
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock, self.in_flight = threading.Lock(), Counter()
         self.rests_until = dict.fromkeys(self.urls, 0.0)  # on time.monotonic()'s clock
+        self.n_none = 0  # replies in a row that were no answers
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
@@ -2354,17 +2391,28 @@ class Endpoint:
 
     def ask_all(self, bodies: Sequence[dict]) -> list[Completion]:
         """Send all requests, `concurrency` at a time; results are in their order."""
-        stop = threading.Event()
-        with concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency) as pool:
-            answers = [pool.submit(self.ask, body, stop) for body in bodies]
-            try:
-                for answer in tqdm(concurrent.futures.as_completed(answers), "answers",
-                                   len(answers), disable=None, leave=False):
-                    answer.result()  # raises what no other request would get around
-            finally:  # after an error or Ctrl-C: what is in flight ends, nothing is tried again
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+        stop, pool = threading.Event(), concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency)
+        answers = [pool.submit(self.ask, body, stop) for body in bodies]
+        try:
+            for answer in tqdm(concurrent.futures.as_completed(answers), "answers", len(answers),
+                               disable=None, leave=False):
+                answer.result()  # raises what no other request would get around
+        finally:  # after an error or Ctrl-C nothing is tried again, and what is in flight left
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         return [answer.result() for answer in answers]
+
+    def reach(self) -> None:
+        """Find out in seconds, not after all tries of all calls, that no server is there."""
+        for url in self.urls:
+            try:
+                self.post(f"{url}/models", None, timeout_s=10.0)
+                return
+            except (urllib.error.HTTPError, TimeoutError):  # it is there
+                return
+            except self.FAULTS as error:
+                words = self.describe(error)[1]
+        raise ValueError(f"{url}: no server can be reached there ({words})")
 
     def ready(self) -> list[str]:
         """The servers that do not rest."""
@@ -2382,8 +2430,8 @@ class Endpoint:
                 url = min(self.ready() or self.urls, key=lambda url: self.in_flight[url])
                 self.in_flight[url] += 1
             try:
-                answer = self.read(json.loads(self.post(url + self.PATH, body)), body)
-                self.rests_until[url] = 0.0
+                answer = self.read(self.parse(self.post(url + self.PATH, body)), body)
+                self.rests_until[url], self.n_none = 0.0, 0
                 return answer
             except self.FAULTS as error:
                 code, (fault, words, after_s) = getattr(error, "code", 500), self.describe(error)
@@ -2391,13 +2439,16 @@ class Endpoint:
             finally:
                 with self.lock:
                     self.in_flight[url] -= 1
-            if code in self.FATAL:
+            self.n_none += fault == NoAnswer.__name__
+            if code in self.FATAL or self.n_none >= self.MOST_NONE * len(self.urls):
                 raise ValueError(f"{url} answered {fault}: {words}")
             print_once(f"note: {url} answered {fault}: {words}")
             if code < 500 and code not in self.AGAIN:
                 return Completion("", error=fault, hopeless=True)
             pause_s = after_s or self.backoff_s * 2**attempt * (0.5 + jitter.random())
             pause_s = 0.0 if self.ready() else min(pause_s, self.LONGEST_PAUSE_S)
+            if pause_s > 5 and attempt + 1 < self.tries:
+                print(f"waiting {pause_s:.0f} s for {url} after {fault}", file=sys.stderr)
             if attempt + 1 == self.tries or stop.wait(pause_s):
                 break
         return Completion("", error=f"{fault} ({attempt + 1} tries)")
@@ -2416,21 +2467,37 @@ class Endpoint:
         after_s = float(after) if re.fullmatch(r"[0-9]{1,9}", after) else None
         return status, visible(words)[:200], after_s
 
-    def post(self, url: str, body: dict) -> bytes:
-        """Send one request and return the answer; a silence of --timeout-s ends it."""
-        request = urllib.request.Request(url, json.dumps(body).encode(),
+    def post(self, url: str, body: dict | None, timeout_s: float = 0.0) -> bytes:
+        """Send one request and return the reply; a silence of --timeout-s ends it."""
+        request = urllib.request.Request(url, body and json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-        with self.opener.open(request, timeout=self.cfg.timeout_s) as response:
+        with self.opener.open(request, timeout=timeout_s or self.cfg.timeout_s) as response:
             return response.read()
+
+    def parse(self, reply: bytes) -> dict:
+        """The JSON of a reply; NoAnswer where it is a page, or an error under the status 200."""
+        if reply.lstrip()[:1] == b"<":
+            raise NoAnswer(" ".join(reply.decode("utf-8", "replace").split()))
+        answer = json.loads(reply)
+        if isinstance(answer, dict) and not answer.get("choices"):
+            said = answer.get("error") or answer
+            raise NoAnswer(str(said.get("message", said) if isinstance(said, dict) else said))
+        return answer
 
     def read(self, answer: dict, body: dict) -> Completion:
         """What the JSON of an answer says. Raises where it is not of the form that it should be."""
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         text = choice["message"].get("content") or ""
-        if not isinstance(text, str):
+        thought = choice["message"].get("reasoning_content") or ""
+        if not (isinstance(text, str) and isinstance(thought, str)):
             raise TypeError("the answer's content is not text")
+        if thought and not text:
+            if not re.search(r"<answer>.*</answer>", thought, re.DOTALL):
+                return Completion("", error="the server puts the text into reasoning_content, and"
+                                            " no answer stands there")
+            text = thought
         n_prompt, n_answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
         truncated = choice.get("finish_reason") == "length"
         return Completion(text, truncated, int(n_prompt or 0), int(n_answer or 0))
@@ -2798,6 +2865,10 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
     if n_told:
         numbers["mismatch"] = mismatch / n_told
     numbers |= {name: x / n_tokens for name, x in total.items()}
+    if step == 0 and numbers.get("truncated", 0) > 0.5 and not numbers["format_ok"]:
+        print(f"note: {numbers['truncated']:.0%} of the answers were cut at --max-new-tokens and"
+              " none has the right format, so nothing is rewarded: train on responses first"
+              " (--stage both), or start from a model that answers in this form", flush=True)
     if step == 0 and reference is not None and cfg.updates_per_batch == 1:
         tolerance = 1e-6 if run.local.machine.dtype == torch.float32 else 1e-2
         # NaN is not our bug: such a step was skipped and counted.
@@ -2902,7 +2973,8 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
 def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_items: Sequence[Item]) -> None:
     """Find what would fail later, before an old output goes and before hours of training."""
     if cfg.stage in ("sft", "both") and all(item.response is None for item in items):
-        raise ValueError(f'{cfg.data}: no row has a "response" for SFT; use --stage grpo')
+        raise ValueError(f'{cfg.data}: no row has a "response" of at most {cfg.max_new_tokens}'
+                         " tokens for SFT; use --stage grpo, or another --max-new-tokens")
     if cfg.stage in ("grpo", "both") and all(item.gold is None for item in items):
         raise ValueError(f'{cfg.data}: no row has "scores", which GRPO needs; use --stage sft')
     if missing := [item.id for item in eval_items if item.gold is None]:
@@ -2991,14 +3063,27 @@ def describe_run(run: Run, counts: Counter) -> None:
 QUERIES_PER_BATCH = 64  # asked together; a job stores its results as often
 
 
+class UnreadableAnswers(ValueError):
+    """No answer of a batch could be read: the first stage's order would pass as a reranking."""
+
+
 def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
                  counts: Counter) -> list[Ranking]:
     """Rerank queries by cfg.method, together; adds to the counts what the answers were like."""
     rank, own = slide_windows if cfg.method == "listwise" else score_groups, Counter()
     rankings = rank(backend, Method(prompt, METHODS[cfg.method].parse), queries, cfg, own)
-    if own["calls"] and own["errors"] == own["calls"]:
-        worst = next(key for key in own if key.startswith("error: "))
-        raise ValueError(f"none of {own['calls']} calls was answered; the first {worst}")
+    n_calls, words = own["calls"], [key for key in own if key.startswith(("error: ", "unread: "))]
+    if n_calls and own["errors"] == n_calls:
+        raise ValueError(f"none of {n_calls} calls was answered; the first {words[0]}")
+    words = [key for key in words if key.startswith("unread: ")]
+    n_unread = sum(own.pop(key) for key in words)  # what a model wrote goes into no file
+    if n_calls and n_unread + own["errors"] == n_calls:
+        raise UnreadableAnswers(
+            f"none of {n_calls} answers could be read; one begins with {words[0][8:]!r}. Is the"
+            " model trained for this prompt, or does it think, and --max-new-tokens ends it first?")
+    if n_unread > n_calls / 2:
+        print_once(f"warning: {n_unread} of {n_calls} answers could not be read; one begins with"
+                   f" {words[0][8:]!r}")
     own["unscored documents"] += sum(r.means.count(None) for r in rankings)
     counts.update(own)
     return rankings
@@ -3045,7 +3130,9 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], dict, Counter]:
 def load_backend(cfg: Config) -> Endpoint | LocalModel:
     """The endpoint, or the local model, that a command asks."""
     if cfg.endpoint:
-        return Endpoint(cfg.endpoint, cfg.model, cfg)
+        endpoint = Endpoint(cfg.endpoint, cfg.model, cfg)
+        endpoint.reach()
+        return endpoint
     machine = pick_machine(cfg.device, cfg.precision)
     return LocalModel(*load_model(cfg.model, machine), machine, cfg)
 
@@ -3163,8 +3250,8 @@ class GroupRanker:
         The order given counts as the first stage: it breaks ties, and a document that the model
         did not score keeps its place there with the score of the one before it.
         """
-        if not documents:
-            return []
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
         ranking, _ = self.rank_with_reasons(query, documents)
         rows = []
         for i, score in zip(ranking.order, carried_scores(ranking), strict=True):
@@ -3174,6 +3261,13 @@ class GroupRanker:
 
     def rank_with_reasons(self, query: str, documents: Sequence[str]) -> tuple[Ranking, Counter]:
         """The full record of one ranking, with the model's reasons and what went wrong."""
+        if not isinstance(documents, Sequence) or isinstance(documents, (str, bytes)):
+            raise TypeError(f"documents must be a list of texts, not {type(documents).__name__}")
+        for text in (query, *documents):
+            if not isinstance(text, str):
+                raise TypeError(f"query and documents must be text, not {type(text).__name__}")
+        if not documents:
+            return Ranking([], [], [], [], []), Counter()
         ids, counts = [str(i) for i in range(len(documents))], Counter()
         falling = [float(-i) for i in range(len(documents))]
         candidates = Candidates("query", query, ids, list(documents), falling)
@@ -3182,7 +3276,7 @@ class GroupRanker:
 
 def rerank_files(cfg: Config, prompt: Prompt) -> None:
     """`--rerank` with --query and --docs: print rank, score, document, then the reasoning."""
-    texts = [Path(name).read_text(encoding="utf-8", errors="replace").strip() for name in cfg.docs]
+    texts = [evaluate.read_text(name).strip() for name in cfg.docs]
     if not all(texts):
         name = cfg.docs[texts.index("")]
         raise ValueError(f"{name} is empty: give it text or leave it out")
@@ -3442,8 +3536,11 @@ def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> float:
     out = folder / f"{model.name}.run"
     cfg = dataclasses.replace(cfg, model=str(model), data=str(folder), out=str(out), resume=False,
                               run=str(folder / "first.run"), overwrite=True)
-    with contextlib.redirect_stdout(None):
-        rerank_collection(cfg, prompt)
+    try:
+        with contextlib.redirect_stdout(None):
+            rerank_collection(cfg, prompt)
+    except UnreadableAnswers:  # of the untrained model: the first stage's order stays
+        out = folder / "first.run"
     return mean_ndcg(evaluate.read_qrels(folder / "qrels" / "test.tsv"), evaluate.read_run(out))
 
 

@@ -53,6 +53,12 @@ def place(tmp_path_factory):
     write_rows(root / "sft.jsonl", [good_row(scores=None)])
     write_rows(root / "grpo.jsonl", [good_row(response=None)])
     write_rows(root / "twice.jsonl", [good_row("x"), good_row("y"), good_row("x")])
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text("{}")
+    (root / "weights").mkdir()
+    shutil.copy(root / "model" / "model.safetensors", root / "weights")
+    (root / "utf16.jsonl").write_text(json.dumps(good_row()), encoding="utf-16")
+    (root / "latin1.txt").write_text("system\n---\nGröße {query} {documents}", encoding="latin-1")
     (root / "empty.txt").write_text("")
     (root / "some.txt").write_text("some")
     return root
@@ -97,6 +103,13 @@ BAD_INPUT = [
     ("--train --model nowhere --data {p}/rows.jsonl", "nowhere: no such folder"),
     ("--train --model {p}/beir --data {p}/rows.jsonl", "no model with a tokenizer could be loaded"),
     ("--train --model {p}/model --data {p}/missing.jsonl", "missing.jsonl: No such file"),
+    ("--train --model {p}/model --data {p}/utf16.jsonl", "{p}/utf16.jsonl, line 1: 'utf-8' codec"),
+    ("--rerank --model {p}/adapter --query x --docs {p}/some.txt", "{p}/adapter holds a LoRA adapter alone"),
+    (ROOMY + "rows.jsonl --max-new-tokens 20", 'no row has a "response" of at most 20 tokens'),
+    (TRAIN + " --prompt-file {p}/latin1.txt", "{p}/latin1.txt, line 3: 'utf-8' codec"),
+    (TRAIN + " --device xpu", "--device xpu: there are auto, cpu, mps, cuda"),
+    (TRAIN + " --device mps", "--device mps: there are auto, cpu, mps, cuda"),
+    (TRAIN + " --device meta", "--device meta: there are auto, cpu, mps, cuda"),
     ("--train --model {p}/model", "needs --data"),
     ("--train --data {p}/rows.jsonl", "--data needs --model: the demo's model knows only"),
     ("--train --method listwise", "--method listwise can be trained by --model NAME --stage sft"),
@@ -105,7 +118,7 @@ BAD_INPUT = [
     (TRAIN + " --max-new-tokens 500", "leaves no room for 2 documents"),
     (TRAIN + " --rollouts-per-prompt 1", "at least 2"),
     (TRAIN + " --lora-rank -1", "--lora-rank must be"),
-    (TRAIN + " --device tpu", "--device tpu: there are auto, cpu"),
+    (TRAIN + " --device tpu", "--device tpu: there are auto, cpu, mps"),
     (TRAIN + " --resume", "--resume needs --out"),
     (TRAIN + " --resume --overwrite", "--resume continues an output and --overwrite deletes it"),
     (ROOMY + "sft.jsonl", 'no row has "scores"'),
@@ -121,6 +134,7 @@ BAD_INPUT = [
     (RUN + "excluded.run", "leaves nothing to rerank"),
     (RUN + "empty.txt", "empty.txt: the run is empty"),
     (RERANK + " --data {p}/nobeir --run {p}/first.run --out {o}", "nobeir"),
+    ("--rerank --model {p}/weights --data {p}/beir --run {p}/first.run --out {o}", "no model with a tokenizer"),
     (RERANK + " --data {p}/beir --run {p}/first.run", "--rerank needs"),
     (RERANK + " --data {p}/beir --run {p}/first.run --out {p}/beir", "--out FILE"),
     (DOCS + " {p}/empty.txt", "empty.txt is empty"),

@@ -16,6 +16,7 @@ import torch
 from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 import evaluate
 import grouprank
@@ -568,6 +569,20 @@ def test_shortening_never_touches_instructions_or_query():
         tiny.encode(grouprank.Prompt(), "the query", texts)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_prompt_without_chat_template_begins_as_the_tokenizer_begins_every_text(adds):
+    """What counts is what it does: `add_bos_token` may say otherwise, or nothing."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, tokenizer.bos_token = None, "<|endoftext|>"
+    begin = tokenizer.bos_token_id
+    if adds:
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)])
+    tokenizer.add_bos_token = not adds
+    ids, _ = grouprank.PromptEncoder(tokenizer, 100, 2000).encode(grouprank.Prompt(), "q", ["a"])
+    assert ids.count(begin) == adds and (ids[0] == begin) == adds
+
+
 def test_a_template_without_system_role_gets_the_system_text_in_the_users_turn():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
@@ -583,6 +598,8 @@ def test_the_prompts_hash_changes_with_any_letter(tmp_path):
     assert grouprank.Prompt(system="Rank.").hash != grouprank.Prompt().hash
     path.write_text("---\n{query}\n{documents}")
     assert grouprank.read_prompt(path) == grouprank.Prompt("", "{query}\n{documents}")
+    path.write_text("system\n---\n{query}\n{documents}", encoding="utf-8-sig")  # with a byte order mark
+    assert grouprank.read_prompt(path) == grouprank.Prompt("system", "{query}\n{documents}")
     path.write_text("no separator {query} {documents}")
     with pytest.raises(ValueError, match="no line '---'"):
         grouprank.read_prompt(path)

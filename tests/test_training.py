@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -293,6 +294,22 @@ def test_a_draw_takes_the_token_whose_interval_of_the_distribution_holds_the_num
     # The nucleus ends where its mass reaches top_p, and no later.
     assert grouprank.sample_tokens(logits, uniforms, 1.0, 0.5).tolist() == [1] * 5
     assert grouprank.sample_tokens(logits, uniforms, 1.0, 0.75).tolist() == [1, 1, 1, 2, 2]
+
+
+def test_draws_on_a_device_without_float64_are_those_of_the_cpu():
+    """Where --device mps keeps the random numbers; the device itself is not at hand."""
+    logits, uniforms = torch.randn(5, 40), torch.rand(5, dtype=torch.float64)
+
+    class OnMps:  # of the logits only what sample_tokens asks first
+        device = types.SimpleNamespace(type="mps")
+
+        def cpu(self):
+            return logits
+
+    expected = grouprank.sample_tokens(logits, uniforms, 1.0, 0.9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda self, device: self)
+        assert torch.equal(grouprank.sample_tokens(OnMps(), uniforms, 1.0, 0.9), expected)
 
 
 def test_waves_fit_the_cache_budget_with_the_longest_prompts_first():

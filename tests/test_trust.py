@@ -283,6 +283,13 @@ def test_a_folder_of_a_file_system_without_locks_is_used_nevertheless(tmp_path, 
         pass
 
 
+def test_where_the_system_has_no_file_locks_training_works_without(cfg, whole, tmp_path, monkeypatch):
+    """As on Windows, which has no fcntl; simulated by hiding the module."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    grouprank.train(cfg, PROMPT, tmp_path / "run")
+    assert ending(tmp_path / "run") == whole
+
+
 # --- Starved --------------------------------------------------------------------------------------
 
 
@@ -657,6 +664,8 @@ def test_a_servers_words_stay_out_of_files_and_the_key_off_the_screen_too(
     calls = []
 
     def reply(request):
+        if request.startswith(b"GET"):  # whether the server is there
+            return b"HTTP/1.1 404 Not Found\r\n\r\n"
         calls.append(request)
         good = {"choices": [{"message": {"content": FIVE}}]}
         if len(calls) == 1:
@@ -686,7 +695,7 @@ def test_a_redirect_is_not_followed_with_the_key(monkeypatch, code):
             ranker = grouprank.GroupRanker.from_pretrained("m", endpoint=server.url)
             with pytest.raises(ValueError, match=f"answered HTTP {code}: a redirect to {other.url}"):
                 ranker.rank("q", ["d"])
-        assert len(server.requests) == 1 and other.requests == []
+        assert [request[:4] for request in server.requests] == [b"GET ", b"POST"] and other.requests == []
 
 
 def test_keys_that_would_reach_a_log_are_refused():
@@ -716,6 +725,25 @@ def test_an_id_that_no_run_can_name_is_refused_before_the_first_call(tmp_path, b
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "t"}\n')
     with pytest.raises(ValueError, match="corpus.jsonl, line 1: the id"):
         evaluate.read_collection(tmp_path)
+
+
+# --- Slow, or going nowhere -----------------------------------------------------------------------
+
+
+def test_decoding_shows_how_it_goes_once_a_minute_in_a_file(cfg, tmp_path, monkeypatch, capsys):
+    run, now = run_for(cfg, tmp_path), iter(range(0, 10**6, 7))  # a token takes seven seconds
+    monkeypatch.setattr(grouprank.time, "monotonic", lambda: next(now))
+    run.local.sample([item.prompt for item in run.items[:2]], [[(0, i) for i in range(3)]] * 2)
+    lines = re.findall(r"[.]{3} (\d) of 6 answers have ended, the others have (\d+) tokens", capsys.readouterr().out)
+    assert len(lines) >= 80 * 7 // 60 - 1 and [int(n) for _, n in lines] == sorted(int(n) for _, n in lines)
+    assert all(0 <= int(ended) <= 6 for ended, _ in lines)
+
+
+def test_a_first_step_whose_answers_are_cut_and_unreadable_says_what_to_do(place, tmp_path, capsys):
+    grouprank.train(dataclasses.replace(quick(place), stage="grpo", grpo_epochs=1.0), PROMPT, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("of the answers were cut at --max-new-tokens and none has the right format") == 1
+    assert "train on responses first (--stage both)" in said
 
 
 # --- Numbers that mean something ------------------------------------------------------------------
