@@ -118,9 +118,12 @@ class Config:
         " slide up the list", "paper Sec. 3.1", choices=("groupwise", "pointwise", "listwise"))
     docs_per_group: int = both(20, "documents in one prompt (c)", "paper Sec. 4: 20")
     prompt_file: str = both("", "wording: system text, a line '---', user text with {query}"
-        " {documents} {n}", "ours: the prompt is data")
-    max_doc_tokens: int = both(1024, "tokens kept of each document",
-        "ours: the released code keeps 3000 characters")
+        " {documents} {n}; perhaps '---' and a document: {i} {text}", "ours: the prompt is data")
+    max_doc_tokens: int = both(1024, "tokens kept of each document")
+    max_doc_chars: int = both(0, "characters kept of each document; 0: all",
+        "ours: the released code keeps 3000")
+    fold_lines: bool = both(False, "write a space for each line break in a document",
+        "ours: as the released code does")
     max_prompt_tokens: int = both(24000, "tokens of a prompt; longer ones have their documents"
         " shortened evenly", "paper Table 10: 24,000")
     max_new_tokens: int = both(8000, "tokens of an answer", "paper Table 10: 8,000")
@@ -178,7 +181,9 @@ class Config:
         "paper Eq. 1: disjoint; its users also run 10")
     window: int = reranking(20, "documents in a listwise window (w)", "ours: as RankGPT")
     step: int = reranking(10, "places by which it moves up (s)", "ours: as RankGPT")
-    fusion_weight: float = reranking(0.0, "weight of the min-max first-stage score")
+    fusion_weight: float = reranking(0.0, "weight of the first stage's score")
+    fusion: str = reranking("minmax", "scaling of the scores that are fused", "ours",
+        choices=("minmax", "zscore"))
     temperature: float = reranking(0.3, "of sampling; 0 is greedy", "released script: 0.3")
     top_p: float = reranking(0.8, "nucleus mass", "released script: 0.8")
     retries: int = reranking(3, "further tries for a group whose answer is unusable")
@@ -192,7 +197,7 @@ class Config:
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
         may_be_zero = ("seed", "retries", "cache_gib", "eval_every", "save_every", "lora_rank",
-                       "max_tokens_per_pass", "docs_stride", "temperature", "sft_warmup", "sft_lr",
+                       "max_tokens_per_pass", "docs_stride", "temperature", "max_doc_chars", "sft_warmup", "sft_lr",
                        "grpo_warmup", "grpo_lr", "clip_eps", "relevance_level", "kl_coef")
         for name, value in vars(self).items():
             lowest = 0 if name in may_be_zero or name.endswith("weight") else 1e-9
@@ -299,21 +304,39 @@ LISTWISE_USER = ASK % (
     COMPARE, "[2] > [1] > ...", "numbers stand for your order")
 
 
+UNSAID = "[{i}]{text}"  # how documents stand where a model's meta.json does not say
+
+
+def fill(template: str, **values: str) -> str:
+    """Put values into {slots}, all in one pass: a query that contains "{documents}" stays one."""
+    return re.sub(r"\{(\w+)\}", lambda slot: values.get(slot[1], slot[0]), template)
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """The wording of a prompt. `user` holds {query} and {documents} once each, and any {n}."""
+    """The wording of a prompt. `user` holds {query} and {documents} once each, and any {n};
+    `document` is how one of them is written, with its number {i} and its {text}.
+    """
     system: str = SYSTEM_TEXT
     user: str = USER_TEXT
+    document: str = "[{i}] {text}"
 
     def __post_init__(self):
-        for slot in ("{query}", "{documents}"):
-            if self.user.count(slot) != 1 or slot in self.system:
-                raise ValueError(f"the prompt's user text must hold {slot} exactly once")
+        for part, slot in ((self.user, "{query}"), (self.user, "{documents}"),
+                           (self.document, "{text}")):
+            if part.count(slot) != 1 or slot in self.system:
+                raise ValueError(f"the prompt must hold {slot} exactly once, in its own part")
 
     @property
     def hash(self) -> str:
         """Twelve hex digits that change with any letter of the wording."""
-        return hashlib.sha256(f"{self.system}\n---\n{self.user}".encode()).hexdigest()[:12]
+        parts = [self.system, self.user] + [self.document] * (self.document != UNSAID)
+        return hashlib.sha256("\n---\n".join(parts).encode()).hexdigest()[:12]
+
+    def user_turn(self, query: str, texts: Sequence[str]) -> str:
+        """The user's turn, with documents numbered from 1 and a blank line between them."""
+        documents = [fill(self.document, i=str(i), text=text) for i, text in enumerate(texts, 1)]
+        return fill(self.user, n=str(len(texts)), query=query, documents="\n\n".join(documents))
 
 
 # Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
@@ -366,11 +389,7 @@ def break_chat_tokens(text: str, added: Sequence[str] = ()) -> str:
 def chat_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[dict]:
     """The prompt as chat messages, with queries and documents defused as text."""
     query, *texts = (break_chat_tokens(defuse(text)) for text in (query, *texts))
-    documents = "\n\n".join(f"[{i}]{text}" for i, text in enumerate(texts, 1))
-    slots = {"{n}": str(len(texts)), "{query}": query, "{documents}": documents}
-    # All slots in one pass, so that a query which contains "{documents}" stays a query.
-    user = re.sub(r"\{(?:n|query|documents)\}", lambda slot: slots[slot[0]], prompt.user)
-    return as_chat(prompt.system, user)
+    return as_chat(prompt.system, prompt.user_turn(query, texts))
 
 
 def as_chat(system: str, user: str) -> list[dict]:
@@ -393,14 +412,20 @@ def even_limit(lengths: Sequence[int], budget: int) -> int:
     return max(lengths, default=0)
 
 
+def trim_document(text: str, max_chars: int, fold_lines: bool) -> str:
+    """At most max_chars letters (0: all), and with fold_lines one space for each line break."""
+    text = re.sub(r"\s*\n\s*", " ", text) if fold_lines else text
+    return text[:max_chars] if max_chars else text
+
+
 class PromptEncoder:
     """Turns a query and documents into the token ids of a prompt.
 
-    The prompt's own words and the chat template have their special tokens. Queries and documents
-    are tokenised apart, with `split_special_tokens`, so that none can come from what they contain.
+    The chat template has its special tokens. The user's turn is tokenised as a whole, as models
+    were trained on it, with `split_special_tokens`: none can come from what it contains.
     """
 
-    QUERY, DOCUMENTS = "\ue0f0", "\ue0f1"  # private-use characters that mark the two slots
+    USER = "\ue0f0"  # a private-use character that marks the user's turn
 
     def __init__(self, tokenizer, max_doc_tokens: int, max_prompt_tokens: int):
         self.tokenizer = tokenizer
@@ -408,27 +433,14 @@ class PromptEncoder:
         added = tokenizer.added_tokens_decoder.values()
         self._plain_added = [token.content for token in added
                              if not token.special and not token.content.isspace()]
-        self._frame = functools.lru_cache(maxsize=256)(self._encode_frame)
+        self._around = functools.lru_cache(maxsize=64)(self._encode_around)
 
-    def _encode_frame(self, prompt: Prompt, n: int) -> list[list[int] | int]:
-        """The prompt for n documents: token ids around slots, 0 for the query, i for document i."""
-        def fixed(text: str) -> list[int]:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        user = prompt.user.replace("{n}", str(n))
-        user = user.replace("{query}", self.QUERY).replace("{documents}", self.DOCUMENTS)
-        text = render_chat(self.tokenizer, prompt.system, user)
-        pieces = re.split(f"([{self.QUERY}{self.DOCUMENTS}])", text)
-        if len(pieces) != 5:
+    def _encode_around(self, system: str) -> list[list[int]]:
+        """The token ids before and after the user's turn."""
+        pieces = render_chat(self.tokenizer, system, self.USER).split(self.USER)
+        if len(pieces) != 2:
             raise ValueError("the tokenizer's chat template repeats or drops the user's text")
-        documents = []
-        for i in range(1, n + 1):
-            documents += [fixed("\n\n"), fixed(f"[{i}]"), i]
-        slots = {self.QUERY: [0], self.DOCUMENTS: documents[1:]}
-        frame = []
-        for piece in pieces:
-            frame += slots.get(piece, [fixed(piece)])
-        return frame
+        return self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
 
     def encode(self, prompt: Prompt, query: str, texts: Sequence[str]) -> tuple[list[int], int]:
         """Return (token ids, number of document tokens that were cut).
@@ -436,24 +448,32 @@ class PromptEncoder:
         Each document keeps at most max_doc_tokens; when the prompt is still longer than
         max_prompt_tokens, the longest documents are cut down evenly, never the instructions.
         """
-        frame = self._frame(prompt, len(texts))
+        before, after = self._around(prompt.system)
         # Added tokens that are not "special", such as <think>, survive split_special_tokens.
-        clean = [break_chat_tokens(defuse(text), self._plain_added) for text in (query, *texts)]
-        ids = self.tokenizer(clean, add_special_tokens=False, split_special_tokens=True)
-        query_ids, *documents = ids["input_ids"]
-        n_fixed = len(query_ids) + sum(len(part) for part in frame if isinstance(part, list))
+        query, *texts = (break_chat_tokens(defuse(text), self._plain_added)
+                         for text in (query, *texts))
+        split = functools.partial(self.tokenizer, add_special_tokens=False,
+                                  split_special_tokens=True)
+
+        def whole(texts: Sequence[str]) -> list[int]:
+            return [*before, *split(prompt.user_turn(query, texts))["input_ids"], *after]
+
+        documents = split(list(texts), return_offsets_mapping=True)
+        lengths = list(map(len, documents["input_ids"]))
+        n_fixed = len(whole([""] * len(texts)))
         budget = self.max_prompt_tokens - n_fixed
-        if budget < len(texts):
-            raise ValueError(
-                f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
-                f" documents: instructions and query take {n_fixed};"
-                " raise it, shorten the query, or use fewer documents per group")
-        limit = min(self.max_doc_tokens, even_limit([len(d) for d in documents], budget))
-        contents = [query_ids, *(document[:limit] for document in documents)]
-        prompt_ids: list[int] = []
-        for part in frame:
-            prompt_ids += part if isinstance(part, list) else contents[part]
-        return prompt_ids, sum(max(len(document) - limit, 0) for document in documents)
+        while budget >= len(texts):
+            limit = min(self.max_doc_tokens, even_limit(lengths, budget))
+            cut = [text if length <= limit else text[: places[limit - 1][1]] for text, length, places
+                   in zip(texts, lengths, documents["offset_mapping"], strict=True)]
+            ids = whole(cut)
+            if len(ids) <= self.max_prompt_tokens:
+                return ids, sum(max(length - limit, 0) for length in lengths)
+            budget -= len(ids) - self.max_prompt_tokens  # where parts meet, tokens may differ
+        raise ValueError(
+            f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
+            f" documents: instructions and query take {n_fixed};"
+            " raise it, shorten the query, or use fewer documents per group")
 
 
 def render_chat(tokenizer, system: str, user: str) -> str:
@@ -1397,16 +1417,26 @@ def window_places(n_docs: int, window: int, step: int) -> list[tuple[int, int]]:
     return [(max(n_docs - window - k * step, 0), n_docs - k * step) for k in range(n_moves + 1)]
 
 
-def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float],
-                weight: float) -> list[float | None]:
+def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float], weight: float,
+                zscore: bool = False) -> list[float | None]:
     """fused = (1 - w) * mean score / 10 + w * minmax(first-stage score), one query at a time.
 
-    Min-max is what makes the weight mean something: raw BM25 scores would drown the model's. A
-    constant first-stage list counts as 0. Documents without a score stay without (None).
+    Scaling is what makes the weight mean something: raw BM25 scores would drown the model's. With
+    zscore both sides have mean 0 and deviation 1 instead. A constant list counts as 0. Documents
+    without a score stay without (None).
     """
-    scaled = evaluate.minmax(first_stage)
-    return [None if mean is None else (1 - weight) * mean / 10 + weight * float(first)
-            for mean, first in zip(mean_scores, scaled, strict=True)]
+    def scale(values: Sequence[float]) -> np.ndarray:
+        values = np.asarray(values, dtype=np.float64)
+        return (values - values.mean()) / (values.std() or 1.0)
+
+    scored = [i for i, mean in enumerate(mean_scores) if mean is not None]
+    means = [mean_scores[i] / 10 for i in scored]
+    own = scale(means) if zscore and means else means
+    first = scale(first_stage) if zscore else evaluate.minmax(first_stage)
+    fused: list[float | None] = [None] * len(first_stage)
+    for i, mean in zip(scored, own, strict=True):
+        fused[i] = float((1 - weight) * mean + weight * first[i])
+    return fused
 
 
 def order_candidates(scores: Sequence[float | None]) -> list[int]:
@@ -1471,8 +1501,9 @@ def ask_groups(backend: Callable, method: Method, groups: list[Group], cfg: Conf
             counts["retried"] += len(groups)
         # Greedy decoding would repeat its own mistake: a second try always samples.
         temperature = max(cfg.temperature, 0.3) if attempt else cfg.temperature
-        chats = [Chat(method.prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
-                      (*g.seed, attempt)) for g in groups]
+        chats = [Chat(method.prompt, g.query.query, tuple(
+            trim_document(g.query.texts[i], cfg.max_doc_chars, cfg.fold_lines) for i in g.docs),
+            (*g.seed, attempt)) for g in groups]
         completions = backend(chats, temperature, cfg.top_p)
         failed = []
         for group, completion in zip(groups, completions, strict=True):
@@ -1571,7 +1602,8 @@ def fuse_ranking(query: Candidates, groups: Sequence[Group], cfg: Config,
     means = [sum(v) / len(v) if v else None for v in votes]
     for place, i in enumerate(places or ()):
         means[i] = SCORE_MAX * (1 - place / len(places)) if votes[i] else None
-    finals = fuse_scores(means, query.scores, cfg.fusion_weight)
+    zscore = cfg.fusion == "zscore" and cfg.fusion_weight > 0
+    finals = fuse_scores(means, query.scores, cfg.fusion_weight, zscore)
     order = order_candidates(finals)
     assert sorted(order) == list(range(len(query.ids))), "every document once"
     reasons = [(group.docs, group.reason) for group in groups]
@@ -1981,12 +2013,13 @@ def check_row(row: dict) -> Example:
 
 
 def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
-                max_new_tokens: int) -> tuple[list[Item], Counter]:
+                cfg: Config) -> tuple[list[Item], Counter]:
     """Tokenise rows. Counts shortened prompts; drops and counts responses that are too long."""
     items, counts = [], Counter()
     for row in tqdm(rows, desc="tokenise", disable=not sys.stderr.isatty(), leave=False):
         try:
-            ids, n_cut = encoder.encode(prompt, row.query, row.texts)
+            ids, n_cut = encoder.encode(prompt, row.query, [
+                trim_document(text, cfg.max_doc_chars, cfg.fold_lines) for text in row.texts])
         except ValueError as error:
             raise ValueError(f"row {row.id!r}: {error}") from None
         response = None
@@ -1995,20 +2028,22 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
             response = encoder.tokenizer(row.response, add_special_tokens=False,
                                          split_special_tokens=True)["input_ids"]
             response = [*response, encoder.tokenizer.eos_token_id]
-        too_long = response is not None and len(response) > max_new_tokens
+        too_long = response is not None and len(response) > cfg.max_new_tokens
         counts.update({"shortened": n_cut > 0, "cut": n_cut, "response too long": too_long})
         items.append(Item(row.id, ids, row.scores, None if too_long else response))
     return items, counts
 
 
 def read_prompt(path: str) -> Prompt:
-    """Read a template file: system text, a line that is only '---', user text."""
-    text = "\n" + evaluate.read_text(path)  # so that '---' may be the first line
-    system, line, user = text.partition("\n---\n")
+    """Read a template file: system text, a line that is only '---', user text, and perhaps again a
+    line '---' and how one document is written. Line breaks at the end of a part stay.
+    """
+    parts = re.split(r"^---\n", evaluate.read_text(path), flags=re.MULTILINE)
     try:
-        if line:
-            return Prompt(system.strip(), user.strip())
-        raise ValueError("no line '---' between the system text and the user text")
+        if len(parts) not in (2, 3):
+            raise ValueError("it needs one line '---' between system and user text, or two")
+        *whole, last = parts
+        return Prompt(*(part.removesuffix("\n") for part in whole), last)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -2596,7 +2631,8 @@ class RolloutServers(Endpoint):
 # --- A training run -------------------------------------------------------------------------------
 
 # Settings that a model brings with it: --rerank takes them from meta.json unless they are given.
-LIMITS = ("method", "docs_per_group", "max_doc_tokens", "max_prompt_tokens", "max_new_tokens")
+LIMITS = ("method", "docs_per_group", "max_doc_tokens", "max_doc_chars", "fold_lines",
+          "max_prompt_tokens", "max_new_tokens")
 MOST_SKIPPED = 10  # optimizer steps in a row without an update before a run stops
 
 
@@ -2937,8 +2973,8 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
     model, tokenizer = load_model(str(out / "sft") if sft_done else cfg.model, machine,
                                   trainable=cfg.lora_rank == 0)
     local = LocalModel(model, tokenizer, machine, cfg)
-    items, counts = encode_rows(rows, local.encoder, prompt, cfg.max_new_tokens)
-    eval_items, _ = encode_rows(eval_rows, local.encoder, prompt, cfg.max_new_tokens)
+    items, counts = encode_rows(rows, local.encoder, prompt, cfg)
+    eval_items, _ = encode_rows(eval_rows, local.encoder, prompt, cfg)
     check_run(cfg, out, items, eval_items)
     try:
         with contextlib.ExitStack() as stack:
@@ -3148,7 +3184,7 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
     prompt = METHODS[cfg.method].prompt
     if "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
-        prompt = Prompt(**meta["prompt"])
+        prompt = Prompt(**{"document": UNSAID} | meta["prompt"])
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
     if meta.get("prompt_hash", prompt.hash) != prompt.hash:

@@ -26,6 +26,7 @@ Measured at commit c0a8f3e or before on AMD EPYC cores with torch 2.13; NDCG@10 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import random
@@ -60,7 +61,9 @@ def score(cfg, folder, model):
     four = dataclasses.replace(cfg, model=str(model), data=str(folder), run=str(folder / "first.run"), rounds=4)
     queries, _, _ = grouprank.read_candidates(four)
     backend = grouprank.load_backend(four)
-    rankings = grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, queries, four, Counter())
+    rankings = []
+    with contextlib.suppress(grouprank.UnreadableAnswers):  # of a model that hardly trained
+        rankings = grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, queries, four, Counter())
     spread = [np.std(votes) for ranking in rankings for votes in ranking.votes if len(votes) > 1]
     return {"ndcg@10": grouprank.demo_ndcg(cfg, grouprank.DEMO_PROMPT, folder, model),
             "spread": float(np.mean(spread)) if spread else None}

@@ -27,12 +27,12 @@ those of one H200, its memory full of calls, without retries:
 
 | c | t | calls | prompt tokens | answer tokens | H200 hours, 8B |
 |---|---|---|---|---|---|
-| 1 | 1 | 100 M | 59.8 G | 12.0 G | 722 |
-| 1 | 4 | 400 M | 239.3 G | 48.0 G | 2,886 |
-| 10 | 1 | 10 M | 33.1 G | 3.0 G | 514 |
-| 10 | 4 | 40 M | 132.4 G | 12.0 G | 2,057 |
-| 20 | 1 | 5 M | 31.6 G | 2.5 G | 617 |
-| 20 | 4 | 20 M | 126.5 G | 10.0 G | 2,469 |
+| 1 | 1 | 100 M | 59.9 G | 12.0 G | 722 |
+| 1 | 4 | 400 M | 239.4 G | 48.0 G | 2,886 |
+| 10 | 1 | 10 M | 33.1 G | 3.0 G | 515 |
+| 10 | 4 | 40 M | 132.5 G | 12.0 G | 2,059 |
+| 20 | 1 | 5 M | 31.7 G | 2.5 G | 618 |
+| 20 | 4 | 20 M | 126.6 G | 10.0 G | 2,471 |
 
 Measured: the peak memory of GRPO updates of a 34-million-parameter Qwen3 with random weights (8
 layers, width 512, vocabulary 16,384; G = 8), each setting in a process of its own, 2 cores of an

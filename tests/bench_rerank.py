@@ -195,6 +195,17 @@ def train_base(folder, world):
     return model
 
 
+def rank(backend, queries, cfg, counts):
+    """As rank_queries(), but a model that writes nothing readable is measured like any other."""
+    method = grouprank.Method(grouprank.DEMO_PROMPT, grouprank.METHODS[cfg.method].parse)
+    ask = grouprank.slide_windows if cfg.method == "listwise" else grouprank.score_groups
+    rankings = ask(backend, method, queries, cfg, counts)
+    for key in [key for key in counts if key.startswith("unread: ")]:
+        del counts[key]
+    counts["unscored documents"] += sum(ranking.means.count(None) for ranking in rankings)
+    return rankings
+
+
 def measure(backend, queries, qrels, cfg, n_alone=0):
     """Rerank all queries; the rows of sweep.jsonl for 1, 2, ... cfg.rounds rounds.
 
@@ -202,12 +213,12 @@ def measure(backend, queries, qrels, cfg, n_alone=0):
     the first r rounds are those of `--rounds r`.
     """
     counts, started = Counter(), time.process_time()
-    rankings = grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, queries, cfg, counts)
+    rankings = rank(backend, queries, cfg, counts)
     seconds = time.process_time() - started
     alone = []
     for query in queries[:n_alone]:
         started = time.process_time()
-        grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, [query], cfg, Counter())
+        rank(backend, [query], cfg, Counter())
         alone.append(time.process_time() - started)
     for rounds in [cfg.rounds] if cfg.method == "listwise" else range(1, cfg.rounds + 1):
         orders = [ranking.order for ranking in rankings]
@@ -380,10 +391,10 @@ def run_realistic(args):
             backend, cfg = realistic_backend(device, args.doc_tokens, new_tokens)
             cfg = dataclasses.replace(cfg, method=method)
             if device == "cuda":  # the first call compiles and allocates
-                grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, [query], cfg, Counter())
+                rank(backend, [query], cfg, Counter())
             counts, clock = Counter(), time.perf_counter if device == "cuda" else time.process_time
             started = clock()
-            grouprank.rank_queries(backend, grouprank.DEMO_PROMPT, [query], cfg, counts)
+            rank(backend, [query], cfg, counts)
             seconds = clock() - started
             in_turn = counts["calls"] if method == "listwise" else 1
             print(f"| {device} | {method}, {new_tokens} new tokens | {counts['calls']} | {in_turn} |"

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import json
@@ -87,6 +88,11 @@ EQUATIONS = [  # name, arguments, keywords, the value by hand
     ("window_places", (7, 20, 10), {}, [(0, 7)]),
     ("fuse_scores", ([8, 2, None], [30, 10, 20], 0.25), {}, [0.75 * 0.8 + 0.25, 0.75 * 0.2, None]),
     ("fuse_scores", ([8, 2], [5, 5], 0.25), {}, [0.75 * 0.8, 0.75 * 0.2]),
+    # Standardised: 8, 2 are 1, -1; of 30, 10, 20 the deviation is sqrt(200 / 3).
+    ("fuse_scores", ([8, 2, None], [30, 10, 20], 0.25, True), {},
+     [0.75 + 0.25 * math.sqrt(1.5), -0.75 - 0.25 * math.sqrt(1.5), None]),
+    ("fuse_scores", ([3, 3], [5, 5], 0.25, True), {}, [0, 0]),
+    ("fuse_scores", ([None, None], [5, 4], 0.25, True), {}, [None, None]),
     ("order_candidates", ([0.1, None, 0.9, 0.1],), {}, [2, 1, 0, 3]),
     ("order_candidates", ([0.5, 0.7, 0.5, 0.7],), {}, [1, 3, 0, 2]),
     ("order_candidates", ([None, None],), {}, [0, 1]),
@@ -541,14 +547,14 @@ def test_line_breaks_of_every_kind_stay_line_breaks():
 
 def test_a_document_that_becomes_empty_is_no_reason_to_call_the_context_too_small(encoder):
     ids, n_cut = encoder.encode(grouprank.Prompt(), "query", ["\u200b\u200b", "text"])
-    assert "[1]\n\n[2]text" in encoder.tokenizer.decode(ids) and n_cut == 0
+    assert "[1] \n\n[2] text" in encoder.tokenizer.decode(ids) and n_cut == 0
 
 
 def test_ordinary_text_reaches_the_model_unchanged(encoder):
     documents = ["Ünïcode, code: a[i] = b[0x1] <- f(x); 5 < 7 > 3", "line one\nline two\t(3)"]
     ids, n_cut = encoder.encode(grouprank.Prompt(), "Why? {n}", documents)
     text = encoder.tokenizer.decode(ids)
-    assert f"[1]{documents[0]}\n\n[2]{documents[1]}" in text
+    assert f"[1] {documents[0]}\n\n[2] {documents[1]}" in text
     assert "Query:\nWhy? {n}\n" in text and n_cut == 0
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
 
@@ -562,7 +568,7 @@ def test_shortening_never_touches_instructions_or_query():
     ids, n_cut = small.encode(grouprank.Prompt(), "the query", texts)
     text = tokenizer.decode(ids)
     assert len(ids) <= len(whole) - 1200 and n_cut >= 1200
-    assert "[1]short one\n\n[2]www" in text and grouprank.SYSTEM_TEXT in text
+    assert "[1] short one\n\n[2] www" in text and grouprank.SYSTEM_TEXT in text
     assert abs(text.count("w") - text.count("v")) < 60  # cut to the same length
     tiny = grouprank.PromptEncoder(tokenizer, 10_000, max_prompt_tokens=50)
     with pytest.raises(ValueError, match="no room for 3 documents"):
@@ -578,7 +584,6 @@ def test_a_prompt_without_chat_template_begins_as_the_tokenizer_begins_every_tex
     if adds:
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
             single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)])
-    tokenizer.add_bos_token = not adds
     ids, _ = grouprank.PromptEncoder(tokenizer, 100, 2000).encode(grouprank.Prompt(), "q", ["a"])
     assert ids.count(begin) == adds and (ids[0] == begin) == adds
 
@@ -591,6 +596,33 @@ def test_a_template_without_system_role_gets_the_system_text_in_the_users_turn()
     assert grouprank.render_chat(tokenizer, "rules", "question") == "<|im_start|>rules\n\nquestion"
 
 
+def test_a_prompt_file_in_the_shape_of_the_released_checkpoints_is_rendered_letter_by_letter(tmp_path):
+    """Documents as `[i]. text`, their line breaks folded, 3,000 letters kept, a blank line between;
+    both turns end in a line break. The ids are those of the whole text, tokenised at once."""
+    (tmp_path / "prompt.txt").write_text(
+        "You judge.\n\n---\nHere are {n} documents.\nQuery: {query}\nDocuments:\n{documents}\n\nScore them."
+        "\n\n---\n[{i}]. {text}")
+    prompt, query = grouprank.read_prompt(tmp_path / "prompt.txt"), "why red, and when?"
+    texts = ["A leaf.\n\nIt is red.", "B " * 2000, "{query} stays {i}"]
+    trimmed = [grouprank.trim_document(text, 3000, True) for text in texts]
+    assert trimmed == ["A leaf. It is red.", ("B " * 2000)[:3000], texts[2]]
+    user = ("Here are 3 documents.\nQuery: why red, and when?\nDocuments:\n[1]. A leaf. It is red.\n\n[2]. "
+            + "B " * 1500 + "\n\n[3]. {query} stays {i}\n\nScore them.\n")
+    text = f"<|im_start|>system\nYou judge.\n<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = byte_tokenizer([text, "documents. Query, and leaf. red."] * 3, 600)  # merges over ".\n\n" and "[1]."
+    ids, n_cut = grouprank.PromptEncoder(tokenizer, 10_000, 20_000).encode(prompt, query, trimmed)
+    assert (tokenizer.decode(ids), n_cut) == (text, 0)
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [m["content"] for m in grouprank.chat_messages(prompt, query, trimmed)] == ["You judge.\n", user.replace("[1]", "[1]")]
+
+
+def test_a_prompt_that_does_not_say_how_documents_are_written_keeps_its_form_and_hash():
+    old = grouprank.Prompt("s", "{query}{documents}", grouprank.UNSAID)
+    assert old.user_turn("q", ["a", "b"]) == "q[1]a\n\n[2]b"
+    assert old.hash == hashlib.sha256(b"s\n---\n{query}{documents}").hexdigest()[:12]
+    assert grouprank.Prompt("s", "{query}{documents}").hash != old.hash
+
+
 def test_the_prompts_hash_changes_with_any_letter(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text(f"{grouprank.SYSTEM_TEXT}\n---\n{grouprank.USER_TEXT}", encoding="utf-8")
@@ -601,7 +633,7 @@ def test_the_prompts_hash_changes_with_any_letter(tmp_path):
     path.write_text("system\n---\n{query}\n{documents}", encoding="utf-8-sig")  # with a byte order mark
     assert grouprank.read_prompt(path) == grouprank.Prompt("system", "{query}\n{documents}")
     path.write_text("no separator {query} {documents}")
-    with pytest.raises(ValueError, match="no line '---'"):
+    with pytest.raises(ValueError, match="needs one line '---'"):
         grouprank.read_prompt(path)
-    with pytest.raises(ValueError, match="must hold {documents} exactly once"):
+    with pytest.raises(ValueError, match="must hold {documents} exactly once, in its own part"):
         grouprank.Prompt(user="{query}")

@@ -299,7 +299,7 @@ def test_a_listwise_place_fuses_with_the_first_stage():
 
 
 def test_a_checkpoint_brings_its_method_prompt_and_sizes_and_another_wording_warns(tmp_path, capsys):
-    prompt = grouprank.Prompt("Rate.", "{query} {documents}")
+    prompt = grouprank.Prompt("Rate.", "{query} {documents}", grouprank.UNSAID)  # as it was before it said
     meta = {"prompt": {"system": prompt.system, "user": prompt.user}, "prompt_hash": prompt.hash,
             "docs_per_group": 7, "max_new_tokens": 50}  # fmt: skip
     (tmp_path / "meta.json").write_text(json.dumps(meta))  # of a groupwise checkpoint
@@ -517,7 +517,7 @@ class GoldServer(LocalServer):
         """The gold labels of the documents in the prompt, in their order."""
         block = body["messages"][-1]["content"]
         block = re.split(r"documents?:\n\n", block)[1].partition("\n\nReply in exactly")[0]
-        return [self.gold[piece.partition("]")[2]] for piece in ("\n\n" + block).split("\n\n[")[1:]]
+        return [self.gold[piece.partition("] ")[2]] for piece in ("\n\n" + block).split("\n\n[")[1:]]
 
     def reply(self, handler, body, fault):
         if fault[:3].isdigit():

@@ -362,7 +362,7 @@ def run_for(cfg, out):
     model, tokenizer = grouprank.load_model(cfg.model, machine, trainable=cfg.lora_rank == 0)
     local = grouprank.LocalModel(model, tokenizer, machine, cfg)
     rows = grouprank.read_rows(cfg.data)
-    items, _ = grouprank.encode_rows(rows, local.encoder, PROMPT, cfg.max_new_tokens)
+    items, _ = grouprank.encode_rows(rows, local.encoder, PROMPT, cfg)
     grouprank.set_up_training(model, cfg, machine)
     policy = grouprank.Policy(model, functools.partial(machine.autocast, cache=False))
     return grouprank.Run(cfg, out, PROMPT, local, policy, grouprank.Log(out), items, [], {})

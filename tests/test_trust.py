@@ -407,7 +407,7 @@ def test_a_teachers_answer_brings_one_special_token_the_end(family):
     _, tokenizer = family
     encoder = grouprank.PromptEncoder(tokenizer, max_doc_tokens=100, max_prompt_tokens=4000)
     rows = [grouprank.Example("r", "q", ("d",), None, HOSTILE["every special token"])]
-    (item,), _ = grouprank.encode_rows(rows, encoder, PROMPT, 100_000)
+    (item,), _ = grouprank.encode_rows(rows, encoder, PROMPT, grouprank.Config(max_new_tokens=100_000))
     added = set(tokenizer.all_special_ids)
     assert [i for i in item.response if i in added] == [tokenizer.eos_token_id]
 
@@ -616,7 +616,7 @@ def test_keys_and_rows_do_not_reach_the_logs(cfg, tmp_path, monkeypatch, capfd):
     cfg = dataclasses.replace(cfg, data=write_rows(tmp_path / "rows.jsonl", rows))
     grouprank.train(cfg, PROMPT, tmp_path / "run")
     screen = "".join(capfd.readouterr())
-    assert "[1]..." in screen  # the prompt, without a row's texts
+    assert "[1] ..." in screen  # the prompt, without a row's texts
     assert "secret" not in screen and "confidential" not in screen
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or not re.search(b"secret|confidential", path.read_bytes()), path
