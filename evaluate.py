@@ -71,13 +71,17 @@ def name_in_errors(path):
 
 @contextlib.contextmanager
 def open_atomic(path, mode="w"):
-    """Open a file (text: UTF-8) that appears under its name when it is complete, or not at all."""
+    """Open a file that appears under its name when it is complete, or not at all.
+
+    Text is UTF-8; a name that ends in .gz makes it gzip.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with name_in_errors(path), open(temporary, mode, **text) as file:
+        with name_in_errors(path), opened(temporary, mode + "t" * bool(text), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -355,28 +359,31 @@ def read_jsonl(path, check=lambda row: row):
 
 def check_text(row):
     """(id, text) of a row of corpus.jsonl or queries.jsonl, the title in front of the text."""
-    doc, title, body = row.get("_id"), row.get("title") or "", row.get("text")
-    if not all(isinstance(value, str) for value in (doc, title, body)):
-        raise ValueError("needs the keys _id and text, both strings")
+    doc, title, body = row.get("_id"), row.get("title") or "", row.get("text") or ""
+    if not all(isinstance(v, str) for v in (doc, title, body)) or not {"text", "title"} & set(row):
+        raise ValueError("needs the keys _id and text (or title), all strings")
     if not doc.strip() or re.search(r"[\t\r\n]", doc):  # no run could name it
         raise ValueError(f"the id {doc!r} is empty, or holds a tab or a newline")
-    text = "\n".join(part for part in (title.strip(), body) if part)
-    if not text.strip():
-        raise ValueError(f"{doc!r} has no text; fill it in or remove the line")
-    return doc, text
+    return doc, "\n".join(part for part in (title.strip(), body) if part)
 
 
 def read_texts(path, keep=None):
-    """{_id: text} of corpus.jsonl or queries.jsonl; all lines are checked, texts of `keep` held."""
-    texts, seen = {}, set()
-    for doc, text in read_jsonl(path, check_text):
+    """{_id: text} of corpus.jsonl or queries.jsonl, or that with .gz; ids of empty texts are left
+    out with a note. All lines are checked, and of the texts those of `keep` held.
+    """
+    texts, seen, n_empty = {}, set(), 0
+    packed = Path(f"{path}.gz")
+    for doc, text in read_jsonl(packed if packed.exists() else path, check_text):
         if doc in seen:
             raise ValueError(f"{path}: id {doc!r} appears twice; remove one")
         seen.add(doc)
-        if keep is None or doc in keep:
+        n_empty += not text.strip()
+        if text.strip() and (keep is None or doc in keep):
             texts[doc] = text
     if not seen:
         raise ValueError(f"{path} is empty")
+    if n_empty:
+        print(f"note: {path}: {n_empty} texts are empty and left out", file=sys.stderr)
     return texts
 
 
@@ -398,6 +405,8 @@ def read_collection(folder, queries=None, split="test", keep=None):
     texts alone are held. Every line of every file is checked.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder with corpus.jsonl and queries.jsonl")
     judged, excluded = folder / "qrels", folder / "excluded.tsv"
     return Collection(
         corpus=read_texts(folder / "corpus.jsonl", keep),
@@ -609,15 +618,6 @@ PUBLISHED = {  # tasks in the order of TASKS
 }
 
 
-def published(benchmark, task):
-    """The paper's NDCG@10 for a task, 0-1: {system: value}."""
-    tasks = TASKS[benchmark].split()
-    if task not in tasks:
-        raise ValueError(f"the qrels' name {task!r} is no task of {benchmark}: {', '.join(tasks)}")
-    return {system: figures[tasks.index(task)] / 100
-            for system, figures in PUBLISHED[benchmark].items()}  # fmt: skip
-
-
 def _fetch(repo, patterns, source):
     """The folder with a data set's files: `source`, or what huggingface_hub downloads."""
     if source is not None:
@@ -665,7 +665,7 @@ def _load_r2med(task, source):
         qrels = read_qrels(folder / "qrels.txt")
     else:
         for row in read_rows(folder, "qrels"):
-            qrels.setdefault(row["q_id"], {})[row["p_id"]] = int(row["score"])
+            qrels.setdefault(row["q_id"], {})[row["p_id"]] = row["score"]
     queries = {row["id"]: row["text"] for row in read_rows(folder, "query")}
     documents = ((row["id"], "", row["text"]) for row in read_rows(folder, "corpus"))
     return documents, queries, qrels, {}, {}
@@ -700,10 +700,16 @@ def prepare(name, out, *, source=None):
     try:
         rows, queries, qrels, excluded, rewritten = loaders[benchmark](task, source)
         for doc, title, text in tqdm(rows, desc=name, unit=" documents", disable=None):
-            if doc in corpus or not f"{title}{text or ''}".strip():
+            if str(doc) in corpus or not f"{title}{text or ''}".strip():
                 n_left_out += 1
             else:
-                corpus[doc] = (title, text)
+                corpus[str(doc)] = (title, text or "")
+        queries = {str(qid): text for qid, text in queries.items()}
+        qrels = {str(q): {str(d): g for d, g in docs.items()} for q, docs in qrels.items()}
+        if odd := [g for docs in qrels.values() for g in docs.values() if g != int(g)]:
+            raise ValueError(f"{name}: the grade {odd[0]} is no whole number; scale them before")
+        qrels = {qid: {doc: int(g) for doc, g in docs.items()} for qid, docs in qrels.items()}
+        excluded = {str(qid): set(map(str, docs)) for qid, docs in excluded.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name}: a row lacks a field or holds an odd value ({error})") from None
     judged = {doc for docs in qrels.values() for doc in docs}
@@ -800,10 +806,11 @@ def table(title, rows):
 
 def evaluate_files(args):
     """All numbers for --qrels and each --run, as --json prints them."""
-    path = Path(args.qrels).absolute()
+    given = Path(args.qrels)
+    given = given / "qrels" / "test.tsv" if given.is_dir() else given
+    path, qrels = given.absolute(), read_qrels(given)
     in_folder, exclusions = path.parent.name == "qrels", path.parent.parent / "excluded.tsv"
     excluded = read_excluded(exclusions) if in_folder and exclusions.exists() else {}
-    qrels = read_qrels(args.qrels)
     report = {"runs": {}, "queries": {}, "ties": {}, "comparisons": {}, "per_query": {}}
     for file in args.run:
         name = Path(file.removesuffix(".gz")).stem
@@ -826,22 +833,14 @@ def evaluate_files(args):
         report["comparisons"][f"{name} - {first[0]}, {metric}"] = compared
     if args.paper:  # the task is biology of biology/qrels/test.tsv, and of biology.qrels
         task = path.parts[-3] if in_folder else path.name.partition(".")[0]
-        for system, value in published(args.paper, task).items():
+        tasks = TASKS[args.paper].split()
+        if task not in tasks:
+            raise ValueError(f"{task!r} is no task of {args.paper}: {', '.join(tasks)}")
+        for system, figures in PUBLISHED[args.paper].items():
+            value = figures[tasks.index(task)] / 100
             row = {metric: value if metric == "ndcg@10" else None for metric in args.metrics}
             report["runs"][f"{system} (published)"] = row
     return report
-
-
-def print_report(args, report):
-    """Print what `evaluate_files` found, as tables or as JSON."""
-    if args.json:
-        print(json.dumps(report, indent=1))
-        return
-    over = "all judged queries (--complete)" if args.complete else "queries in both"
-    print(f"{args.qrels}: relevant from grade {args.relevance_level}; mean over {over}")
-    titles = {"runs": "run", "queries": "queries", "ties": "ndcg@k", "comparisons": "paired"}
-    for part in filter(report.get, titles):
-        print("\n" + table(titles[part], report[part]))
 
 
 def build_parser():
@@ -884,7 +883,15 @@ def main():
         plot(args.plot, out)
         print(f"drew {out}")
     elif args.qrels and args.run:
-        print_report(args, evaluate_files(args))
+        report = evaluate_files(args)
+        if args.json:
+            print(json.dumps(report, indent=1))
+            return
+        over = "all judged queries (--complete)" if args.complete else "queries in both"
+        print(f"{args.qrels}: relevant from grade {args.relevance_level}; mean over {over}")
+        titles = {"runs": "run", "queries": "queries", "ties": "ndcg@k", "comparisons": "paired"}
+        for part in filter(report.get, titles):
+            print("\n" + table(titles[part], report[part]))
     else:
         parser.error("nothing to do: give --qrels and --run, --prepare or --plot")
 

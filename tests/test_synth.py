@@ -611,7 +611,7 @@ def test_real_passages_through_a_server(real_data, tmp_path, monkeypatch):
     def answer(body):
         asked, _, form = body["messages"][-1]["content"].partition("\n\nReply in exactly this form")
         query = asked.split("\n")[1]
-        docs = [part.partition("]")[2][:60] for part in asked.partition(":\n\n[")[2].split("\n\n[")]
+        docs = [part.partition("] ")[2][:60] for part in asked.partition(":\n\n[")[2].split("\n\n[")]
         scores = [5 * grade.get((query, doc), 0) for doc in docs]
         if " > " in form:
             text = " > ".join(f"[{i + 1}]" for i in sorted(range(len(docs)), key=lambda i: -scores[i]))
