@@ -2138,7 +2138,7 @@ def refuse_change(where: Path, before: dict, now: dict) -> None:
     for name, value in before.items():
         if now.get(name) != value:
             raise ValueError(f"{where} was begun with {name} {value!r}, not {now.get(name)!r};"
-                             " give the same, or start a new --out")
+                             " give the same, a new --out, or --overwrite")
 
 
 class Log:
@@ -3399,9 +3399,9 @@ class DemoWorld:
             marks.append(mark if seen else 0)
         return marks
 
-    def score(self, query: list[int], words: list[str]) -> int:
-        """The true score of a document, 0 to 9."""
-        return sum(POINTS[mark] for mark in self.marks(query, words))
+    def score(self, query: list[int], words: list[str], rng: random.Random | None = None) -> int:
+        """The true score of a document, 0 to 9; with rng, what the teacher sees of it."""
+        return sum(POINTS[mark] for mark in self.marks(query, words, rng))
 
     def words(self, query: list[int]) -> str:
         """The text of a query."""

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -465,24 +466,32 @@ class Encoder:
     def __init__(self, path: str, cfg: Config, dtype=None):
         self.machine = grouprank.pick_machine(cfg.device, cfg.precision)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        self.model = transformers.AutoModel.from_pretrained(
-            path, dtype=dtype or self.machine.dtype).to(self.machine.device).eval()
+        self.model, loaded = transformers.AutoModel.from_pretrained(
+            path, dtype=dtype or self.machine.dtype, output_loading_info=True)
+        if lacking := [n for n in sorted(loaded["missing_keys"]) if not n.startswith("pooler.")]:
+            raise ValueError(f"{path}: the checkpoint has no {lacking[0]}: it would be random")
+        self.model = self.model.to(self.machine.device).eval()
         self.tokenizer.padding_side = "right"  # pooling counts on it
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         given = {"pooling": cfg.pooling, "query": cfg.query_prefix, "document": cfg.doc_prefix}
         said = read_encoder_files(path) | {k: v for k, v in given.items() if v != "auto"}
-        self.pooling, self.prefixes = said["pooling"], {k: said[k] for k in ("query", "document")}
+        self.pooling, self.lower_case = said["pooling"], said["lower_case"]
+        self.prefixes = {kind: said[kind] for kind in ("query", "document")}
         if self.pooling not in POOLING.values():
             raise ValueError(f"{path}: pooling {self.pooling} is not implemented; see --pooling")
-        limits = (cfg.max_doc_tokens, self.tokenizer.model_max_length, said["max_tokens"],
-                  getattr(self.model.config, "max_position_embeddings", None))
+        places = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        places -= (getattr(table, "padding_idx", None) or -1) + 1  # RoBERTa counts from behind it
+        limits = (cfg.max_doc_tokens, self.tokenizer.model_max_length, said["max_tokens"], places)
         self.max_tokens, self.batch = min(filter(None, limits)), cfg.chunk
         print(f"encoder: {path}, {self.pooling} pooling, before texts {self.prefixes}")
 
     def vectors(self, texts: Sequence[str], kind: str) -> Tensor:
         """Unit vectors of a few texts in float32, (len(texts), width); gradients flow."""
-        tokens = self.tokenizer([self.prefixes[kind] + text for text in texts], padding=True,
-                                truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        texts = [self.prefixes[kind] + text for text in texts]
+        texts = [text.lower() for text in texts] if self.lower_case else texts
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens,
+                                return_tensors="pt")
         tokens = tokens.to(self.machine.device)
         mask = tokens["attention_mask"]  # (B, T)
         with self.machine.autocast():
@@ -508,18 +517,22 @@ class Encoder:
 
 def read_encoder_files(path: str) -> dict:
     """What the files for sentence-transformers of a folder or hub repository say of an encoder:
-    {"pooling", "max_tokens", "query", "document"}, the last two the prefixes."""
+    {"pooling", "max_tokens", "lower_case", "query", "document"}, the last two the prefixes."""
     def read(name: str):
         found = transformers.utils.cached_file(path, name,
                                                _raise_exceptions_for_missing_entries=False)
         return json.loads(Path(found).read_text("utf-8")) if found else {}
 
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in read("modules.json")}
+    modules = {str(module.get("type")).rpartition(".")[2]: module.get("path", "")
+               for module in read("modules.json")}
     if other := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(f"{path}: the module {min(other)} of its modules.json is not implemented")
     pooling = "mean"
     if "Pooling" in modules:
         config = read(f"{modules['Pooling']}/config.json")
+        if not config or config.get("include_prompt") is False:
+            raise ValueError(f"{path}: its pooling lacks its config.json, or leaves the prefix out,"
+                             " which is not implemented")
         modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if on is True
                  and key.startswith("pooling_mode_")] or [str(config.get("pooling_mode"))]
         pooling = " + ".join(POOLING.get(mode, mode) for mode in modes)
@@ -527,9 +540,12 @@ def read_encoder_files(path: str) -> dict:
     prompts = config.get("prompts") or {}
     default = prompts.get(config.get("default_prompt_name"), "")
     kinds = (kind for kind in ("document", "passage", "corpus") if kind in prompts)
+    names = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    limits = next(filter(None, (read(f"sentence_{name}_config.json") for name in names)), {})
     return {"pooling": pooling, "query": prompts.get("query", default),
             "document": prompts.get(next(kinds, None), default),
-            "max_tokens": read("sentence_bert_config.json").get("max_seq_length")}
+            "max_tokens": limits.get("max_seq_length"),
+            "lower_case": limits.get("do_lower_case", False)}
 
 
 def dense_search(queries: Tensor, docs: Tensor, k: int, device="cpu") -> Tensor:
@@ -552,6 +568,7 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, alpha=0.5):
     BM25 names its top_k that share a word with the query, the encoder its top_k, and all of these
     are fused by their exact scores.
     """
+    encoder = encoder if alpha < 1 else None  # BM25 alone
     ids, index = list(corpus), evaluate.BM25(corpus.values())
     depth = top_k + max(map(len, excluded.values()), default=0)
     if encoder:
@@ -858,11 +875,13 @@ def write_outputs(work: Work, settings: dict) -> None:
             rows = (export_row(reranker_row(work, sample), columns) for sample in train
                     if sample.response or part != "sft")
             evaluate.write_lines(folder / f"export/{library}.{part}.jsonl", rows)
-    record = {"config": settings, "counts": counts, "versions": grouprank.provenance()}
-    with evaluate.open_atomic(folder / "synth.json") as file:
-        json.dump(record, file, indent=2, ensure_ascii=False)
+    grouprank.write_json(folder / "synth.json", {
+        "config": settings, "counts": counts, "versions": grouprank.provenance()})
     print("\n".join(f"{n:8,} {name}" for name, n in sorted(counts.items()) if n))
     print(f"wrote {', '.join(OUTPUTS)} to {folder}")
+
+
+ANSWER_TOKENS = 100, 20  # a guess, where no answer is known: an answer, and each document in it
 
 
 def synthesise(cfg: Config, make_models=load_models) -> Work:
@@ -883,18 +902,22 @@ def synthesise(cfg: Config, make_models=load_models) -> Work:
         calls = cfg.generate_queries + n * (pool + 1 + n_groups)
         docs = cfg.generate_queries + n * (2 * pool + n_groups * max(parse_sizes(cfg.group_sizes)))
         tokens = docs * sum(map(len, work.corpus.values())) / len(work.corpus) / 4
-        print(f"dry run: at most {calls:,.0f} calls and {tokens:,.0f} tokens of documents, four"
-              " letters each, if every answer can be used; nothing was asked or written")
+        each = ANSWER_TOKENS[0] + ANSWER_TOKENS[1] * docs / calls
+        if database.exists():
+            with contextlib.closing(sqlite3.connect(database)) as known:
+                found = known.execute("SELECT AVG(LENGTH(text)) / 4 FROM answers").fetchone()[0]
+                each = found or each
+        print(f"dry run: at most {calls:,.0f} calls and {tokens:,.0f} tokens of documents, some"
+              f" {each * calls:,.0f} of answers ({each:,.0f} each; the limit is"
+              f" {cfg.max_new_tokens:,}), if all can be used; nothing was asked or written")
         return work
     with grouprank.open_alone(out / "failures.jsonl"):  # one process, before anything changes
         record = out / "synth.json"
         now = {name: value for name, value in vars(cfg).items() if name not in FREE_TO_CHANGE}
         old = json.loads(record.read_text("utf-8"))["config"] if record.exists() else now
-        other = [name for name in now if old.get(name) != now[name]]
-        if other and not cfg.overwrite:
-            raise ValueError(f"{out} was made with another {other[0]}: {old.get(other[0])}, not"
-                             f" {now[other[0]]}; --overwrite replaces outputs and keeps answers")
-        if other:
+        if not cfg.overwrite:
+            grouprank.refuse_change(out, old, now)
+        if old != now:
             shutil.rmtree(out / "export", ignore_errors=True)
         work.teachers = Teachers(database, cfg, make_models(cfg))
         try:
@@ -999,31 +1022,24 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
         norm, _ = optimizer.step(grouprank.learning_rate(step, n_steps, cfg.lr, 0.1, "linear"))
         if step % max(n_steps // 10, 1) == 0 or step + 1 == n_steps:
             print(f"step {step + 1}/{n_steps} loss {loss:.4f} grad norm {norm:.3f}", flush=True)
-    model.eval()
-    save_encoder(encoder, Path(cfg.out), cfg)
-    print(f"wrote {cfg.out}")
-    return encoder
-
-
-def save_encoder(encoder: Encoder, folder: Path, cfg: Config) -> None:
-    """A folder that sentence-transformers and --encoder open, with pooling and prefixes in it."""
     modules = [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "",
                 "type": f"sentence_transformers.models.{kind}"}
                for i, kind in enumerate(("Transformer", "Pooling", "Normalize"))]
     modes = {f"pooling_mode_{name}": kind == encoder.pooling for name, kind in POOLING.items()}
-    width = {"word_embedding_dimension": encoder.model.config.hidden_size}
-    files = {
-        "modules.json": modules, "1_Pooling/config.json": width | modes,
-        "sentence_bert_config.json": {"max_seq_length": encoder.max_tokens},
-        "config_sentence_transformers.json": {"prompts": encoder.prefixes},
-        "meta.json": {"config": vars(cfg), "versions": grouprank.provenance()}}
-    with grouprank.new_folder(folder) as temporary:
-        encoder.model.save_pretrained(temporary)
+    limits = {"max_seq_length": encoder.max_tokens, "do_lower_case": encoder.lower_case}
+    with grouprank.new_folder(Path(cfg.out)) as temporary:  # for sentence-transformers, too
+        model.eval().save_pretrained(temporary)
         encoder.tokenizer.save_pretrained(temporary)
         (temporary / "2_Normalize").mkdir()
-        for name, content in files.items():
-            with evaluate.open_atomic(temporary / name) as file:
-                json.dump(content, file, indent=2)
+        for name, content in {
+            "modules.json": modules, "sentence_bert_config.json": limits,
+            "1_Pooling/config.json": modes | {"word_embedding_dimension": model.config.hidden_size},
+            "config_sentence_transformers.json": {"prompts": encoder.prefixes},
+            "meta.json": {"config": vars(cfg), "versions": grouprank.provenance()},
+        }.items():
+            grouprank.write_json(temporary / name, content)
+    print(f"wrote {cfg.out}")
+    return encoder
 
 
 # --- Embedded demo --------------------------------------------------------------------------------
@@ -1051,10 +1067,9 @@ def simulated_teacher(world: grouprank.DemoWorld) -> Callable:
             query, concepts = [], [concept_of[word] for word in docs[0]]
             while zlib.crc32(bytes(sorted(query))) % 4 == 0:  # held out, or none yet
                 query = rng.sample(concepts, 3)
-            words = " ".join(world.concepts[c][0] for c in query)
-            text = f"<reason>other words</reason><answer>{words}</answer>"
+            text = f"<reason>other words</reason><answer>{world.words(query)}</answer>"
         else:
-            seen = [true_score(world, query, words, rng) for words in docs]
+            seen = [world.score(query, words, rng) for words in docs]
             if chat.prompt is PROMPTS["listwise"]:
                 blurred = [score + rng.gauss(0, 1) for score in seen]
                 order = sorted(range(len(docs)), key=lambda i: -blurred[i])
@@ -1068,20 +1083,15 @@ def simulated_teacher(world: grouprank.DemoWorld) -> Callable:
         Completion(text, completion_tokens=len(text) // 4) for text in map(answer, chats)]
 
 
-def true_score(world: grouprank.DemoWorld, query, words, rng: random.Random | None = None) -> int:
-    """The demo world's truth about a document; with rng, what the teacher sees of it."""
-    return sum(grouprank.POINTS[mark] for mark in world.marks(query, words, rng))
-
-
 def write_demo(folder: Path, world: grouprank.DemoWorld) -> None:
     """A corpus, held-out queries with the true grade of every document, an untrained encoder."""
     rng = random.Random(f"synthesis {world.seed}")
     documents = {f"d{i:04}": world.draw_document(rng, world.draw_query(rng, held_out=False))
                  for i in range(DEMO_DOCS)}
     asked = {f"q{i}": world.draw_query(rng, held_out=True) for i in range(DEMO_TEST_QUERIES)}
-    queries = {qid: " ".join(world.concepts[c][0] for c in query) for qid, query in asked.items()}
+    queries = {qid: world.words(query) for qid, query in asked.items()}
     qrels = {qid: {doc: grade for doc, words in documents.items()
-                   if (grade := true_score(world, query, words))} for qid, query in asked.items()}
+                   if (grade := world.score(query, words))} for qid, query in asked.items()}
     corpus = {doc: " ".join(words) for doc, words in documents.items()}
     evaluate.write_collection(folder, corpus, queries, qrels)
     tokenizer = grouprank.demo_tokenizer(world)

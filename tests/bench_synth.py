@@ -57,7 +57,7 @@ def label_quality(work, world):
     concept_of = {word: c for c, row in enumerate(world.concepts) for word in row}
     for topic in work.topics:
         query = [concept_of[word] for word in topic.text.split()]
-        truth = [synth.true_score(world, query, c.text.split()) for c in topic.pool]
+        truth = [world.score(query, c.text.split()) for c in topic.pool]
         for kind, score in (("pointwise", lambda c: c.points), ("listwise", lambda c: -c.place),
                             ("fused", lambda c: c.fused), ("labels 0-10", lambda c: c.label)):  # fmt: skip
             scores = [score(c) for c in topic.pool]
@@ -85,7 +85,7 @@ def write_truth(rows, target, world):
     def truth(row):
         query = [concept_of[word] for word in row["query"].split()]
         docs = [doc["text"].split() for doc in row["docs"]]
-        row["scores"] = [synth.true_score(world, query, words) for words in docs]
+        row["scores"] = [world.score(query, words) for words in docs]
         if "response" in row:
             row["response"] = world.respond(query, docs, None)
         return row

@@ -766,6 +766,26 @@ def test_prepare_beir_keeps_titles_and_only_the_judged_queries(tmp_path, layout)
     assert (collection.queries, collection.qrels) == ({"1": "judged"}, {"1": {"a": 2}})
 
 
+@pytest.mark.parametrize("parquet", [False, True])
+def test_what_prepare_writes_can_be_read_also_with_ids_as_integers_and_null_texts(tmp_path, parquet):
+    rows, clone = [{"_id": 7, "title": "T", "text": None}, {"_id": 8, "title": "", "text": "x"}], tmp_path / "beir"
+    write_rows(clone / "corpus" / "corpus", rows, parquet)
+    write_rows(clone / "queries" / "queries", [{"_id": "1", "text": "judged"}], parquet)
+    write(clone / "test.tsv", "query-id\tcorpus-id\tscore\n1\t7\t2\n")
+    evaluate.prepare("beir/nfcorpus", tmp_path / "b", source=clone)
+    assert evaluate.read_collection(tmp_path / "b").corpus == {"7": "T", "8": "x"}
+    clone = tmp_path / "r2med"
+    write_rows(clone / "corpus", [{"id": 5, "text": "light"}], parquet)
+    write_rows(clone / "query", [{"id": 0, "text": "why"}], parquet)
+    write_rows(clone / "qrels", [{"q_id": 0, "p_id": 5, "score": 2.0}], parquet)
+    evaluate.prepare("r2med/Biology", tmp_path / "r", source=clone)
+    collection = evaluate.read_collection(tmp_path / "r")
+    assert (collection.queries, collection.qrels) == ({"0": "why"}, {"0": {"5": 2}})
+    write_rows(clone / "qrels", [{"q_id": 0, "p_id": 5, "score": 0.5}], parquet)
+    with pytest.raises(ValueError, match="r2med/Biology: the grade 0.5 is no whole number"):
+        evaluate.prepare("r2med/Biology", tmp_path / "half", source=clone)
+
+
 def test_prepare_names_what_is_wrong(tmp_path):
     for name in ("bright", "bright/chemistry", "msmarco/x", "r2med/biology"):
         with pytest.raises(ValueError, match="unknown benchmark"):

@@ -413,7 +413,7 @@ def test_with_other_settings_outputs_are_replaced_only_by_overwrite_and_answers_
     folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=2), tmp_path / "out"
     synthesise(folder, out, export=("trl",))
     before, n_answers = outputs(out), len(answers_in(out))
-    with pytest.raises(ValueError, match="made with another beta: 0.5, not 0.9"):
+    with pytest.raises(ValueError, match="was begun with beta 0.5, not 0.9; give the same, a new --out, or --overwrite"):
         synthesise(folder, out, beta=0.9)
     with pytest.raises(ValueError, match="--max-calls"):
         synthesise(folder, out, seed=5, overwrite=True, max_calls=3)
