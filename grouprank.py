@@ -197,8 +197,9 @@ class Config:
     def __post_init__(self):
         """Reject values that cannot work, in the words of the command line."""
         may_be_zero = ("seed", "retries", "cache_gib", "eval_every", "save_every", "lora_rank",
-                       "max_tokens_per_pass", "docs_stride", "temperature", "max_doc_chars", "sft_warmup", "sft_lr",
-                       "grpo_warmup", "grpo_lr", "clip_eps", "relevance_level", "kl_coef")
+                       "max_doc_chars", "max_tokens_per_pass", "docs_stride", "temperature",
+                       "sft_warmup", "sft_lr", "grpo_warmup", "grpo_lr", "clip_eps",
+                       "relevance_level", "kl_coef")
         for name, value in vars(self).items():
             lowest = 0 if name in may_be_zero or name.endswith("weight") else 1e-9
             if type(value) in (int, float) and value < lowest:
@@ -464,7 +465,7 @@ class PromptEncoder:
         budget = self.max_prompt_tokens - n_fixed
         while budget >= len(texts):
             limit = min(self.max_doc_tokens, even_limit(lengths, budget))
-            cut = [text if length <= limit else text[: places[limit - 1][1]] for text, length, places
+            cut = [text if length <= limit else text[: ends[limit - 1][1]] for text, length, ends
                    in zip(texts, lengths, documents["offset_mapping"], strict=True)]
             ids = whole(cut)
             if len(ids) <= self.max_prompt_tokens:
@@ -515,7 +516,7 @@ class Answer(NamedTuple):
 
 # Full-width forms, curly and single quotes, as the ASCII that they stand for.
 _ASCII = str.maketrans({chr(c + 0xFEE0): chr(c) for c in range(0x21, 0x7F)}
-                       | dict.fromkeys("“”„‟«»‘’‚‛'", '"') | {"【": "[", "】": "]"})
+                       | {"【": "[", "】": "]"} | dict.fromkeys("“”„‟«»‘’‚‛'", '"'))
 
 
 def forgiving(parse: Callable) -> Callable:
@@ -525,6 +526,7 @@ def forgiving(parse: Callable) -> Callable:
     """
     @functools.wraps(parse)
     def parse_twice(text: str, n_docs: int = 1) -> Answer:
+        """`parse`, and once more on a plainer spelling where not everything could be read."""
         answer = parse(text, n_docs)
         if answer.complete:
             return answer
@@ -2268,8 +2270,8 @@ class DecodingProgress:
         self.bar.update(self.n_before + n_ended - self.bar.n)
         if self.bar.disable and time.monotonic() - self.said_at > 60:
             self.said_at = time.monotonic()
-            print(f"... {self.n_before + n_ended} of {self.bar.total} answers have ended, the others"
-                  f" have {n_tokens} tokens", flush=True)
+            print(f"... {self.n_before + n_ended} of {self.bar.total} answers have ended, the"
+                  f" others have {n_tokens} tokens", flush=True)
 
 
 class LocalModel:

@@ -75,8 +75,7 @@ class Config:
     overwrite: bool = every(False, "replace outputs, keep answers", "ours")
     seed: int = every(0, "seed of every random stream", "ours")
     device: str = every("auto", "auto, cpu, cuda or cuda:N", "ours")
-    precision: str = every("auto", "auto: bf16 on CUDA, fp32 on CPU", "ours",
-                           choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = every("auto", "bf16 on CUDA", choices=("auto", "fp32", "bf16", "fp16"))
     llm: str = synthesis("", "folder, hub name or the server's name for it", "ours")
     pointwise_llm: str = synthesis("", "another pointwise one: NAME[@URL]", "ours")
     listwise_llm: str = synthesis("", "another listwise one: NAME[@URL]", "ours")
@@ -236,8 +235,7 @@ def read_answer(step: str, text: str, n_docs: int = 1) -> str | list[int] | None
 
 def load_models(cfg: Config) -> dict[str, tuple[str, Callable]]:
     """{step: (name, backend)}, from NAME or NAME@URL; steps that name the same model share it."""
-    same = ("max_new_tokens", "max_doc_tokens", "max_prompt_tokens", "concurrency", "device",
-            "precision")
+    same = "max_new_tokens max_doc_tokens max_prompt_tokens concurrency device precision".split()
     settings, models = {name: getattr(cfg, name) for name in same}, {}
     other = {"pointwise": cfg.pointwise_llm, "listwise": cfg.listwise_llm}
     specs = {step: other.get(step) or cfg.llm for step in PROMPTS}
@@ -475,24 +473,23 @@ class Encoder:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         given = {"pooling": cfg.pooling, "query": cfg.query_prefix, "document": cfg.doc_prefix}
         said = read_encoder_files(path) | {k: v for k, v in given.items() if v != "auto"}
-        self.pooling, self.lower_case = said["pooling"], said["lower_case"]
+        self.pooling, limits = said["pooling"], said["limits"]
+        self.case = str.lower if limits.get("do_lower_case") else str
         self.prefixes = {kind: said[kind] for kind in ("query", "document")}
         if self.pooling not in POOLING.values():
             raise ValueError(f"{path}: pooling {self.pooling} is not implemented; see --pooling")
         places = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         places -= (getattr(table, "padding_idx", None) or -1) + 1  # RoBERTa counts from behind it
-        limits = (cfg.max_doc_tokens, self.tokenizer.model_max_length, said["max_tokens"], places)
-        self.max_tokens, self.batch = min(filter(None, limits)), cfg.chunk
+        most = (cfg.max_doc_tokens, self.tokenizer.model_max_length, limits.get("max_seq_length"))
+        self.max_tokens, self.batch = min(filter(None, (*most, places))), cfg.chunk
         print(f"encoder: {path}, {self.pooling} pooling, before texts {self.prefixes}")
 
     def vectors(self, texts: Sequence[str], kind: str) -> Tensor:
         """Unit vectors of a few texts in float32, (len(texts), width); gradients flow."""
-        texts = [self.prefixes[kind] + text for text in texts]
-        texts = [text.lower() for text in texts] if self.lower_case else texts
+        texts = [self.case(self.prefixes[kind] + text) for text in texts]
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens,
-                                return_tensors="pt")
-        tokens = tokens.to(self.machine.device)
+                                return_tensors="pt").to(self.machine.device)
         mask = tokens["attention_mask"]  # (B, T)
         with self.machine.autocast():
             states = self.model(input_ids=tokens["input_ids"], attention_mask=mask)[0].float()
@@ -517,7 +514,7 @@ class Encoder:
 
 def read_encoder_files(path: str) -> dict:
     """What the files for sentence-transformers of a folder or hub repository say of an encoder:
-    {"pooling", "max_tokens", "lower_case", "query", "document"}, the last two the prefixes."""
+    {"pooling", "limits", "query", "document"}, the last two the prefixes."""
     def read(name: str):
         found = transformers.utils.cached_file(path, name,
                                                _raise_exceptions_for_missing_entries=False)
@@ -531,8 +528,7 @@ def read_encoder_files(path: str) -> dict:
     if "Pooling" in modules:
         config = read(f"{modules['Pooling']}/config.json")
         if not config or config.get("include_prompt") is False:
-            raise ValueError(f"{path}: its pooling lacks its config.json, or leaves the prefix out,"
-                             " which is not implemented")
+            raise ValueError(f"{path}: its pooling has no config.json, or leaves prefixes out")
         modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if on is True
                  and key.startswith("pooling_mode_")] or [str(config.get("pooling_mode"))]
         pooling = " + ".join(POOLING.get(mode, mode) for mode in modes)
@@ -544,8 +540,7 @@ def read_encoder_files(path: str) -> dict:
     limits = next(filter(None, (read(f"sentence_{name}_config.json") for name in names)), {})
     return {"pooling": pooling, "query": prompts.get("query", default),
             "document": prompts.get(next(kinds, None), default),
-            "max_tokens": limits.get("max_seq_length"),
-            "lower_case": limits.get("do_lower_case", False)}
+            "limits": limits}
 
 
 def dense_search(queries: Tensor, docs: Tensor, k: int, device="cpu") -> Tensor:
@@ -881,9 +876,6 @@ def write_outputs(work: Work, settings: dict) -> None:
     print(f"wrote {', '.join(OUTPUTS)} to {folder}")
 
 
-ANSWER_TOKENS = 100, 20  # a guess, where no answer is known: an answer, and each document in it
-
-
 def synthesise(cfg: Config, make_models=load_models) -> Work:
     """From reading to writing. make_models(cfg) -> {step: (name, backend)}."""
     if not cfg.out or not cfg.data or not cfg.llm:
@@ -902,11 +894,12 @@ def synthesise(cfg: Config, make_models=load_models) -> Work:
         calls = cfg.generate_queries + n * (pool + 1 + n_groups)
         docs = cfg.generate_queries + n * (2 * pool + n_groups * max(parse_sizes(cfg.group_sizes)))
         tokens = docs * sum(map(len, work.corpus.values())) / len(work.corpus) / 4
-        each = ANSWER_TOKENS[0] + ANSWER_TOKENS[1] * docs / calls
+        # A guess, unless answers are known: tokens of one, and for each document in it.
+        each = 100 + 20 * docs / calls
         if database.exists():
             with contextlib.closing(sqlite3.connect(database)) as known:
-                found = known.execute("SELECT AVG(LENGTH(text)) / 4 FROM answers").fetchone()[0]
-                each = found or each
+                (mean,) = known.execute("SELECT AVG(LENGTH(text)) FROM answers").fetchone()
+                each = mean / 4 if mean else each
         print(f"dry run: at most {calls:,.0f} calls and {tokens:,.0f} tokens of documents, some"
               f" {each * calls:,.0f} of answers ({each:,.0f} each; the limit is"
               f" {cfg.max_new_tokens:,}), if all can be used; nothing was asked or written")
@@ -1026,17 +1019,16 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
                 "type": f"sentence_transformers.models.{kind}"}
                for i, kind in enumerate(("Transformer", "Pooling", "Normalize"))]
     modes = {f"pooling_mode_{name}": kind == encoder.pooling for name, kind in POOLING.items()}
-    limits = {"max_seq_length": encoder.max_tokens, "do_lower_case": encoder.lower_case}
+    limits = {"max_seq_length": encoder.max_tokens, "do_lower_case": encoder.case is str.lower}
     with grouprank.new_folder(Path(cfg.out)) as temporary:  # for sentence-transformers, too
         model.eval().save_pretrained(temporary)
         encoder.tokenizer.save_pretrained(temporary)
         (temporary / "2_Normalize").mkdir()
         for name, content in {
             "modules.json": modules, "sentence_bert_config.json": limits,
-            "1_Pooling/config.json": modes | {"word_embedding_dimension": model.config.hidden_size},
+            "1_Pooling/config.json": {"word_embedding_dimension": model.config.hidden_size} | modes,
             "config_sentence_transformers.json": {"prompts": encoder.prefixes},
-            "meta.json": {"config": vars(cfg), "versions": grouprank.provenance()},
-        }.items():
+            "meta.json": {"config": vars(cfg), "versions": grouprank.provenance()}}.items():
             grouprank.write_json(temporary / name, content)
     print(f"wrote {cfg.out}")
     return encoder

@@ -22,7 +22,8 @@ import torch
 from conftest import ChatServer, byte_tokenizer, save_tiny_model, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import evaluate
 import grouprank
@@ -458,7 +459,8 @@ def test_a_dry_run_counts_the_calls_of_the_job_and_writes_nothing(tmp_path, monk
     arguments = flags(**SMALL, data=folder, out=out, sft_share=1.0, encoder="nobody/nothing")
     command(monkeypatch, *arguments, "--dry-run")
     # 5 queries x (20 documents, a list, 4 groups); then each of them is asked for, too
-    assert "at most 125 calls and" in capsys.readouterr().out
+    said = capsys.readouterr().out  # nothing is known of answers: 100 tokens, and 20 for each document
+    assert "at most 125 calls and" in said and "(158 each; the limit is 8,000)" in said
     command(monkeypatch, *arguments, "--dry-run", "--generate-queries", "5")
     assert "at most 130 calls and" in capsys.readouterr().out and not out.exists()
 
@@ -782,6 +784,61 @@ def test_pooling_and_modules_that_are_not_implemented_are_refused(bert, tmp_path
         synth.Encoder(folder, synth.Config())
     if not module:
         assert synth.Encoder(folder, synth.Config(pooling="mean")).pooling == "mean"
+
+
+def test_an_encoder_whose_weights_lack_is_refused_not_filled_with_random_ones(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "lacking")
+    weights = load_file(tmp_path / "lacking" / "model.safetensors")
+    for drop, refused in (("pooler.", False), ("encoder.layer.1.attention.self.query", True)):  # no pooler is used
+        kept = {name: weight for name, weight in weights.items() if not name.startswith(drop)}
+        save_file(kept, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+        if refused:
+            with pytest.raises(ValueError, match="has no encoder.layer.1.attention.self.query.bias: it would be random"):
+                synth.Encoder(str(tmp_path / "lacking"), synth.Config())
+        else:
+            synth.Encoder(str(tmp_path / "lacking"), synth.Config())
+
+
+@pytest.mark.parametrize(("break_it", "message"), [
+    (lambda st: (st / "1_Pooling" / "config.json").unlink(), "its pooling has no config.json"),
+    (lambda st: (st / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true, "include_prompt": false}'),
+     "or leaves prefixes out"),
+    (lambda st: (st / "modules.json").write_text('[{"idx": 0, "path": ""}]'), "the module None of its modules.json"),
+])  # fmt: skip
+def test_odd_files_of_sentence_transformers_are_named(bert, tmp_path, break_it, message):
+    folder = sentence_transformers_files(bert, tmp_path / "st", "mean_tokens")
+    break_it(Path(folder))
+    with pytest.raises(ValueError, match=message):
+        synth.Encoder(folder, synth.Config())
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "xlm-roberta"])
+def test_length_and_case_are_read_whatever_the_file_is_called(bert, tmp_path, name):
+    settings = {f"sentence_{name}_config": {"max_seq_length": 7, "do_lower_case": True}}
+    encoder = synth.Encoder(sentence_transformers_files(bert, tmp_path / "st", "mean_tokens", **settings), synth.Config())
+    assert encoder.max_tokens == 7
+    assert torch.equal(encoder.encode(["RED Wine"], "query"), encoder.encode(["red wine"], "query"))
+
+
+def test_a_document_longer_than_the_positions_of_a_roberta_is_cut_to_them(tmp_path):
+    """It counts positions from behind its padding: of 20 two are reserved."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    RobertaModel(RobertaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                               intermediate_size=64, max_position_embeddings=20, pad_token_id=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = synth.Encoder(str(tmp_path), synth.Config())
+    assert encoder.max_tokens == 18
+    assert encoder.encode(["word " * 100], "document").isfinite().all()
+
+
+def test_bm25_alone_encodes_nothing(folder, bert):
+    class Untouchable:
+        def encode(self, *_):
+            pytest.fail("encoded")
+
+    run = synth.retrieve(CORPUS, QUERIES, {}, 3, Untouchable(), alpha=1.0)
+    assert run == synth.retrieve(CORPUS, QUERIES, {}, 3)
 
 
 # --- The retriever --------------------------------------------------------------------------------
