@@ -1702,8 +1702,9 @@ def load_model(path: str, machine: Machine, *, trainable: bool = False):
     """
     from safetensors import SafetensorError  # comes with transformers
 
-    # A name without a slash is a folder: asking the hub for a misspelt one takes half a minute.
-    if "/" not in path and not Path(path).is_dir():
+    # Asking the hub for a misspelt folder takes half a minute, and sounds like a network's fault.
+    like_a_folder = path.count("/") != 1 or Path(path).parent.is_dir()
+    if like_a_folder and not Path(path).is_dir():
         raise ValueError(f"--model {path}: no such folder (a name on the hub looks like org/name)")
     if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
         raise ValueError(f"--model {path} holds a LoRA adapter alone; give the folder of the merged"
@@ -3156,7 +3157,7 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], dict, Counter]:
         ids = evaluate.sort_run(scores)[: cfg.top_k]
         if missing := [d for d in ids if d not in collection.corpus]:
             raise ValueError(f"{cfg.run}: query {qid!r} names document {missing[0]!r}, which"
-                             f" {Path(cfg.data) / 'corpus.jsonl'} does not have")
+                             f" {Path(cfg.data) / 'corpus.jsonl'} does not have, or without text")
         if ids:
             texts = [collection.corpus[d] for d in ids]
             queries.append(Candidates(qid, query, ids, texts, [scores[d] for d in ids]))

@@ -101,6 +101,7 @@ ROOMY = "--train --model {p}/roomy --max-new-tokens 99 --out {o} --data {p}/"
 RUN, DOCS = RERANK + " --data {p}/beir --out {o} --run {p}/", RERANK + " --query x --docs {p}/some.txt"
 BAD_INPUT = [
     ("--train --model nowhere --data {p}/rows.jsonl", "nowhere: no such folder"),
+    ("--train --model {p}/nowhere --data {p}/rows.jsonl", "{p}/nowhere: no such folder"),
     ("--train --model {p}/beir --data {p}/rows.jsonl", "no model with a tokenizer could be loaded"),
     ("--train --model {p}/model --data {p}/missing.jsonl", "missing.jsonl: No such file"),
     ("--train --model {p}/model --data {p}/utf16.jsonl", "{p}/utf16.jsonl, line 1: 'utf-8' codec"),

@@ -1,6 +1,7 @@
 """Reranking (Eq. 1, Sec. 4.5): the three methods, pooling, fusion, retries, interrupted and split
 jobs, local models and servers that misbehave, real passages, Python."""
 
+import gzip
 import io
 import json
 import math
@@ -183,6 +184,15 @@ def test_when_all_tries_fail_the_valid_scores_of_the_tries_stand():
 
 
 @pytest.mark.parametrize("method", ["groupwise", "pointwise", "listwise"])
+def test_a_cut_answer_that_went_on_behind_its_scores_was_a_draft_and_closing_words_are_not():
+    text = make_answer([9, 1])
+    for ending, truncated, scores in (("", True, [9, 1]), ("\n", True, [9, 1]), (" no wait", True, None),
+                                      (" I hope this helps.", False, [9, 1])):
+        completion, counts = grouprank.Completion(text + ending, truncated), Counter()
+        found = grouprank.count_answer(completion, grouprank.METHODS["groupwise"], 2, counts)
+        assert found.scores == scores and counts["truncated"] == truncated
+
+
 def test_an_answer_that_was_cut_anywhere_gives_no_score_that_was_not_meant(method):
     """A 10 cut to 1, or a [12] cut to [1], must not count."""
     gold = [10] if method == "pointwise" else [10, 3, *range(10), 10]
@@ -464,6 +474,25 @@ def test_parts_of_a_job_concatenate_to_the_rankings_of_the_whole(collection, com
     one, other = ({qid: evaluate.sort_run(scores) for qid, scores in evaluate.read_run(collection / name).items()}
                   for name in ("o.run", "whole.run"))  # fmt: skip
     assert one == other and len(one) == 9
+
+
+def test_a_part_without_queries_is_an_empty_run_and_a_packed_name_makes_gzip(collection, command):
+    command("o.run", "--shard=12/12")
+    assert (collection / "o.run.12-of-12").read_text() == "" and sidecar_of(collection / "o.run.12-of-12")["queries"] == 0
+    command("o.run.gz")
+    command("plain.run")
+    assert gzip.open(collection / "o.run.gz").read() == (collection / "plain.run").read_bytes()
+
+
+def test_a_document_without_text_stops_a_job_only_if_the_run_names_it(collection, command, capsys):
+    corpus = collection / "beir" / "corpus.jsonl"
+    whole = corpus.read_text()
+    corpus.write_text(whole + '{"_id": "nobody names it", "text": ""}\n')
+    command("o.run")
+    assert f"note: {corpus}: 1 texts are empty and left out" in capsys.readouterr().err
+    corpus.write_text(whole.replace("text of q3 d4 9", ""))
+    with pytest.raises(ValueError, match="query 'q3' names document 'q3 d4', which .* does not have, or without text"):
+        command("other.run")
 
 
 @pytest.mark.parametrize("wrong", ["0/4", "5/4", "x", "1/0", "-1/4", "1/4/2"])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import gzip
 import json
 import math
 import types
@@ -800,6 +801,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 
     assert untimed(out) == untimed(tmp_path / "whole")
     assert run.seconds.keys() == whole.seconds.keys() == {"sft", "grpo", "train"}
+
+
+def test_training_rows_may_begin_with_a_byte_order_mark_and_be_packed(tmp_path):
+    plain = write_rows(tmp_path / "rows.jsonl", training_rows())
+    text = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "bom.jsonl").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("bom.jsonl", "rows.jsonl.gz"):
+        assert grouprank.read_rows(str(tmp_path / name)) == grouprank.read_rows(plain)
 
 
 def test_resume_refuses_other_settings_and_changed_data(folders, tmp_path):
