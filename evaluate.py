@@ -789,7 +789,6 @@ def plot(path, out):
 
 def table(title, rows):
     """{row name: {column: value}} as aligned text; fractions, but not p-values, times 100."""
-
     def text(column, x):
         if isinstance(x, list):
             return " to ".join(text(column, part) for part in x)
@@ -847,7 +846,8 @@ def build_parser():
     """The options, grouped as --help shows them."""
     about, _, commands, *_ = __doc__.split("\n\n")
     form, flag = argparse.RawDescriptionHelpFormatter, {"action": "store_true"}
-    parser = argparse.ArgumentParser(description=about, epilog=commands, formatter_class=form)
+    parser = argparse.ArgumentParser(description=about, epilog=commands, formatter_class=form,
+                                     usage="evaluate.py [options], see --help")
     add = parser.add_argument_group("evaluate runs").add_argument
     add("--qrels", help="judgements: TREC, BEIR or JSON")
     add("--run", nargs="+", action="extend", help="TREC or JSON; compared with the first one")

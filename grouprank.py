@@ -414,8 +414,8 @@ def even_limit(lengths: Sequence[int], budget: int) -> int:
 
 
 def trim_document(text: str, max_chars: int, fold_lines: bool) -> str:
-    """At most max_chars letters (0: all), and with fold_lines one space for each line break."""
-    text = re.sub(r"\s*\n\s*", " ", text) if fold_lines else text
+    """At most max_chars letters (0: all); with fold_lines one space for line breaks in a row."""
+    text = re.sub(r"[\r\n]+", " ", text) if fold_lines else text
     return text[:max_chars] if max_chars else text
 
 
@@ -1020,7 +1020,8 @@ def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequen
     passes: list[list[tuple[int, list[int]]]] = []
     used = longest = 0
     for tokens, b, chosen in pieces:
-        needed = tokens if packed else longest  # a row is padded to the first one of its pass
+        # Separate rows are padded to the first of their pass, which is the longest.
+        needed = tokens if packed else longest
         if not passes or used + needed > max_tokens:
             passes.append([])
             used, longest, needed = 0, tokens, tokens
@@ -1035,8 +1036,9 @@ def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequen
 class DecodingCache:
     """Keys and values while decoding G answers to each of B prompts, the prompts' stored once.
 
-    Every step adds one token to each of the R = B*G answers. An answer attends to its prompt and to
-    itself; the two sets of attention logits share one softmax, so this is exact attention.
+    Every step adds one token to each of the R = B*G answers, of which `length` tokens are stored. An
+    answer attends to its prompt and to itself; the two sets of attention logits share one softmax,
+    so this is exact attention.
     """
 
     def __init__(self, kept: list[list[Tensor]], n_answers: int):
@@ -1339,7 +1341,8 @@ def grpo_pass(policy: Policy, reference, optimizer, part: Pass, cfg: Config) -> 
     logp, entropy = completion_logprobs(policy, part.blocks, shares_prompts(policy.model))
     sums = {"tokens": len(logp), "entropy": entropy.sum().item(), "kl": 0.0}
     if part.old_logp is None:
-        # With one update a batch the ratio is exactly 1; a recomputed old one would add noise.
+        # Where we sampled ourselves and update once, the ratio is exactly 1: log-probabilities
+        # that were computed again would add noise.
         part.old_logp = logp.detach()
         if part.sampler_logp is not None:  # by a server, which never agrees exactly
             gaps = (part.old_logp - part.sampler_logp).abs()
