@@ -1036,9 +1036,9 @@ def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequen
 class DecodingCache:
     """Keys and values while decoding G answers to each of B prompts, the prompts' stored once.
 
-    Every step adds one token to each of the R = B*G answers, of which `length` tokens are stored. An
-    answer attends to its prompt and to itself; the two sets of attention logits share one softmax,
-    so this is exact attention.
+    Every step adds one token to each of the R = B*G answers, of which `length` tokens are stored.
+    An answer attends to its prompt and to itself; the two sets of attention logits share one
+    softmax, so this is exact attention.
     """
 
     def __init__(self, kept: list[list[Tensor]], n_answers: int):
@@ -3487,6 +3487,8 @@ def demo_model(tokenizer, seed: int):
 
 def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
     """Write the demo's collection, first-stage run, training rows and untrained model."""
+    open_alone(folder.parent / "metrics.jsonl").close()  # not while another process trains there
+    clear_output(folder.parent)
     corpus, queries, qrels = world.collection(DEMO_QUERIES, DEMO_CANDIDATES)
     evaluate.write_collection(folder, corpus, queries, qrels)
     run = {}
@@ -3533,10 +3535,8 @@ def train_demo(given: dict) -> None:
         raise ValueError(f"{inside[0]} lies in {out}: give another --out")
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
-    if not cfg.resume and is_first():
-        with open_alone(out / "metrics.jsonl"):
-            clear_output(out)
-            write_demo(folder, world, cfg)
+    if not cfg.resume:
+        on_first(write_demo, folder, world, cfg)
     cfg = dataclasses.replace(
         cfg, model=str(folder / "untrained"), data=cfg.data or str(folder / "train.jsonl"),
         eval_data=cfg.eval_data or str(folder / "dev.jsonl"),
