@@ -208,6 +208,12 @@ def test_one_process_that_fails_ends_all_with_its_message(folder):
     assert not (folder / "broken-2/meta.json").exists()
 
 
+def test_two_processes_train_the_demo_of_which_the_first_writes_the_data(folder):
+    status, errors = run_processes(2, folder, "demo")
+    assert status == 0, errors
+    assert (folder / "demo-2/results.json").is_file()
+
+
 def test_the_frozen_copy_in_half_precision_keeps_its_places():
     """Rotary frequencies in bfloat16 would turn late positions by whole turns: a gap of 0.15 here."""
     policy, random = grouprank.Policy(tiny_model()), torch.Generator().manual_seed(0)
@@ -238,6 +244,10 @@ def test_shares_are_of_like_cost_and_hold_everything(monkeypatch):
 
 def main(folder, *names):
     """What each process does."""
+    if names == ("demo",):
+        grouprank.DEMO_ROWS, grouprank.DEMO_QUERIES = {"sft": 16, "grpo": 8, "dev": 2}, 1
+        grouprank.main(["--train", "--out", str(folder / "demo-2"), "--device", "cpu", "--retries", "0"])
+        return
     grouprank.join_processes()
     torch.set_num_threads(1)
     for name in (name for name in names if name != "resume"):
