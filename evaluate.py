@@ -677,7 +677,7 @@ def _load_beir(task, source):
     apart = _fetch(f"BeIR/{task}-qrels", ["test.tsv"], source) / "test.tsv"
     qrels = read_qrels(apart if apart.exists() else folder / "qrels" / "test.tsv")
     rows = read_rows(folder, "queries")
-    queries = {row["_id"]: row["text"] for row in rows if row["_id"] in qrels}
+    queries = {row["_id"]: row["text"] for row in rows if str(row["_id"]) in qrels}
     rows = read_rows(folder, "corpus")
     documents = ((row["_id"], row.get("title") or "", row["text"]) for row in rows)
     return documents, queries, qrels, {}, {}
@@ -706,19 +706,19 @@ def prepare(name, out, *, source=None):
                 corpus[str(doc)] = (title, text or "")
         queries = {str(qid): text for qid, text in queries.items()}
         qrels = {str(q): {str(d): g for d, g in docs.items()} for q, docs in qrels.items()}
-        if odd := [g for docs in qrels.values() for g in docs.values() if g != int(g)]:
+        if odd := [g for docs in qrels.values() for g in docs.values() if float(g) % 1]:
             raise ValueError(f"{name}: the grade {odd[0]} is no whole number; scale them before")
-        qrels = {qid: {doc: int(g) for doc, g in docs.items()} for qid, docs in qrels.items()}
+        qrels = {q: {d: int(float(g)) for d, g in docs.items()} for q, docs in qrels.items()}
         excluded = {str(qid): set(map(str, docs)) for qid, docs in excluded.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name}: a row lacks a field or holds an odd value ({error})") from None
     judged = {doc for docs in qrels.values() for doc in docs}
     absent = judged - corpus.keys()
-    if len(absent) > 0.01 * len(judged):  # another version; BEIR's arguana lacks 5 of its 1,406
+    if len(absent) > 0.01 * len(judged) or not queries:  # BEIR's arguana lacks 5 of its 1,406
         raise ValueError(f"{name}: {len(absent)} of {len(judged)} judged documents are missing")
     write_collection(out, corpus, queries, qrels, excluded)
     for kind, texts in rewritten.items():
-        lines = ({"_id": qid, "text": text} for qid, text in texts.items())
+        lines = ({"_id": str(qid), "text": text} for qid, text in texts.items())
         write_lines(f"{out}/queries.{kind}.jsonl", lines)
     return (f"{out}: {len(corpus)} documents ({n_left_out} empty or repeated ones left out, "
             f"{len(absent)} judged ones absent), {len(queries)} queries, rewritten as "

@@ -415,7 +415,7 @@ def even_limit(lengths: Sequence[int], budget: int) -> int:
 
 def trim_document(text: str, max_chars: int, fold_lines: bool) -> str:
     """At most max_chars letters (0: all); with fold_lines one space for line breaks in a row."""
-    text = re.sub(r"[\r\n]+", " ", text) if fold_lines else text
+    text = re.sub(r"\n+", " ", _BREAKS.sub("\n", text)) if fold_lines else text
     return text[:max_chars] if max_chars else text
 
 
@@ -519,6 +519,9 @@ _ASCII = str.maketrans({chr(c + 0xFEE0): chr(c) for c in range(0x21, 0x7F)}
                        | {"【": "[", "】": "]"} | dict.fromkeys("“”„‟«»‘’‚‛'", '"'))
 
 
+_RISING = str.maketrans("＜≤≦≺≪‹", "<<<<<<")
+
+
 def forgiving(parse: Callable) -> Callable:
     """Give a parser a second try at answers that are written oddly and have one reading only.
 
@@ -532,10 +535,12 @@ def forgiving(parse: Callable) -> Callable:
             return answer
         plain = re.sub(r"</?(?:reason|answer|think)>", lambda tag: tag[0].lower(),
                        text.translate(_ASCII), flags=re.IGNORECASE)
-        plain = re.sub(r'"?\b(\d{1,2})\s*/\s*10\b"?', r"\1", plain)  # 7/10
+        head, tag, plain = plain.partition("<answer>")
+        plain = re.sub(r'"?\b(\d{1,2})\s*(?:/|out of)\s*10\b"?', r"\1", plain)  # 7/10
         plain = re.sub(r"/\*[^*]*\*/|(?<=[\s,{\d])(?://|#)[^\n]*", "", plain)  # comments
+        plain = re.sub(r'"?(\[\d{1,9}\])"?\s*:', r'"\1":', plain)  # keys without quotes
         plain = re.sub(r",(\s*\})", r"\1", plain)  # a comma behind the last score
-        again = parse(plain, n_docs)
+        again = parse(head + tag + plain, n_docs)
         return answer._replace(scores=again.scores, invented=False) if again.complete else answer
 
     return parse_twice
@@ -565,15 +570,19 @@ def worst_fault(faults: set[str], json_ok: bool, tags_ok: bool) -> str:
     return min(faults, key=STATUSES.index, default="ok") if json_ok else JSON_FAULT
 
 
+_THINKING_ENDS = re.compile(r"</ ?(?:think|thinking|thought) ?>|\[/THINK\]", re.I)
+_OPENS = re.compile(r"<[ |]?(?:answer|think|thinking|thought)\b[^<>]{,99}>|\[THINK\]", re.I)
+
+
 def read_tags(text: str) -> tuple[str, str | None, bool]:
     """Return (the reason, what stands in <answer> or None, whether the tags are right).
 
     A draft is no answer: nothing is read where thinking does not end, or <answer> opens again.
     """
-    body = text.rpartition("</think>")[2]
+    body = _THINKING_ENDS.split(text)[-1]
     reason = body.partition("<reason>")[2].partition("</reason>")[0].strip()
     before, opened, rest = body.partition("<answer>")
-    if not opened or re.search("<(?:answer|think)>", before + rest, re.IGNORECASE):
+    if not opened or _OPENS.search(before + rest):
         return reason, None, False
     pieces = re.split("(</?(?:reason|answer)>)", body)  # text, tag, text, ..., tag, text
     tags_ok = pieces[1::2] == ["<reason>", "</reason>", "<answer>", "</answer>"]
@@ -589,7 +598,8 @@ def load_json_pairs(text: str) -> tuple[tuple | None, bool]:
                            parse_int=lambda digits: int(digits) if len(digits) < 9 else math.inf)
     except (ValueError, RecursionError):  # the second where brackets nest 100,000 deep
         return None, False
-    if len(value) == 1 and isinstance(value[0][1], tuple) and not re.search(r"\d", value[0][0]):
+    if len(value) == 1 and isinstance(value[0][1], tuple) and re.fullmatch(
+            "(?:scores?|ratings?|answers?|results?)", value[0][0], re.IGNORECASE):
         return value[0][1], False  # {"scores": {...}}
     around = (text[:start] + " " + text[end:]).split()
     return value, around in ([], ["```json", "```"], ["```", "```"])
@@ -618,11 +628,12 @@ def read_scores(pairs: Sequence[tuple], n_docs: int) -> tuple[list[int | None] |
 
 
 def counts_from_one(seen: Counter[int], n_docs: int) -> bool:
-    """Whether numbers mean the documents 1..n_docs: not if 0 is named, or one beyond the last
-    while others are not named once. Then the answer counts from zero, or is about another list.
+    """Whether numbers mean the documents 1..n_docs: not if 0 is named, or another that is none
+    while not all of them are named once. Then the answer counts from zero, or is about other
+    documents.
     """
     right = all(seen[number] == 1 for number in range(1, n_docs + 1))
-    return 0 not in seen and (right or max(seen, default=0) <= n_docs)
+    return 0 not in seen and (right or all(1 <= number <= n_docs for number in seen))
 
 
 def whole_score(value) -> int | None:
@@ -642,10 +653,12 @@ def parse_rating(text: str, n_docs: int) -> Answer:
     status is "ok" as in parse_answer.
     """
     reason, inside, tags_ok = read_tags(text)
-    if inside is None or "{" in inside:
+    number = re.fullmatch(
+        r'[\s*"`(\[{\\]{,9}(?:(?:score|rating|boxed)[\s*":={]{,9})?(\d{1,2})(?:\.0{1,9})?'
+        r'[\s*"`)\]}.]{,9}', (inside or "").strip(), re.ASCII | re.IGNORECASE)
+    if inside is None or (not number and "{" in inside):
         return parse_answer(text, n_docs)
-    number = re.fullmatch(r"(?:\W{,9}score)?[\s:*\[]{,9}(\d{1,2})(?:\.0{1,9})?[\s*\]]{,9}",
-                          inside.strip(), re.ASCII | re.IGNORECASE)
+    number = None if inside.strip() == "[1]" else number  # the document's own number
     score = whole_score(number[1]) if number else None
     faults = {"bad_score"} if score is None else set()
     plain = number is not None and inside.strip()[0].isdigit() and inside.strip()[-1].isdigit()
@@ -664,13 +677,16 @@ def parse_permutation(text: str, n_docs: int) -> Answer:
     order.
     """
     reason, inside, tags_ok = read_tags(text)
-    inside = "" if inside is None or re.search("[{<]", inside) else inside
+    inside = (inside or "").translate(_RISING)
+    inside = "" if re.search("[{<]|&lt;", inside) else inside
     numbers = [int(n) for n in re.findall(r"\[\s{,9}(\d{1,9})\s{,9}\]", inside, re.ASCII)]
-    words = re.split(r"[>,;\s]+", inside.strip())
+    words = re.split(r"[>,;\s]+", inside.strip(" \n[]."))
     if not numbers and all(re.fullmatch(r"\d{1,9}", w, re.ASCII) for w in words):
-        numbers = list(map(int, words)) if len(set(words)) == len(words) else []
+        numbers = list(map(int, words)) if len(set(words)) == len(words) == n_docs else []
     known = [number for number in numbers if 1 <= number <= n_docs]
-    if not known or not counts_from_one(Counter(numbers), n_docs):
+    seen = Counter(numbers)
+    # Where each number stands twice, half of them are ranks.
+    if not known or min(seen.values()) > 1 or not counts_from_one(seen, n_docs):
         return Answer(None, worst_fault(set(), False, tags_ok), reason)
     order = list(dict.fromkeys([*known, *range(1, n_docs + 1)]))
     scores: list[int | None] = [0] * n_docs
@@ -1432,7 +1448,7 @@ def fuse_scores(mean_scores: Sequence[float | None], first_stage: Sequence[float
     """
     def scale(values: Sequence[float]) -> np.ndarray:
         values = np.asarray(values, dtype=np.float64)
-        return (values - values.mean()) / (values.std() or 1.0)
+        return (values - values.mean()) / values.std() if np.ptp(values) > 0 else values * 0.0
 
     scored = [i for i, mean in enumerate(mean_scores) if mean is not None]
     means = [mean_scores[i] / 10 for i in scored]
@@ -1538,11 +1554,9 @@ def count_answer(completion: Completion, method: Method, n_docs: int, counts: Co
         counts[f"error: {completion.error[:200]}"] += 1
         return Answer(None, TAG_FAULT)
     text = completion.text
-    if completion.truncated:
-        text = text.rstrip("0123456789")  # the 1 at the cut may be the start of a 10
-        _, closed, rest = text.rpartition("</answer>")
-        if closed and rest.strip():
-            text = ""  # it had not finished: what stood in the tags was a draft
+    end = text.translate(_ASCII).lower().rstrip("` \n")
+    if completion.truncated and not end.endswith(("}", "</answer>")):
+        text = ""  # it had not finished: what stands there is a part or a draft of an answer
     answer = method.parse(text, n_docs)
     counts[answer.status] += 1
     counts["truncated"] += completion.truncated
@@ -1718,7 +1732,10 @@ def load_model(path: str, machine: Machine, *, trainable: bool = False):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32 if trainable else machine.dtype, attn_implementation="sdpa",
             output_loading_info=True)
-    except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        if len(tokenizer) < 20:  # what transformers makes up where the files of one lack
+            raise ValueError("it has no tokenizer's files")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+            SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"--model {path}: no model with a tokenizer could be loaded"
                          f" ({first_line(error)}); give a folder that save_pretrained wrote, or a"
                          " hub name") from None
@@ -2044,7 +2061,8 @@ def read_prompt(path: str) -> Prompt:
     """Read a template file: system text, a line that is only '---', user text, and perhaps again a
     line '---' and how one document is written. Line breaks at the end of a part stay.
     """
-    parts = re.split(r"^---\n", evaluate.read_text(path), flags=re.MULTILINE)
+    text = evaluate.read_text(path).replace("\r\n", "\n")
+    parts = re.split(r"^---$\n?", text, flags=re.MULTILINE)
     try:
         if len(parts) not in (2, 3):
             raise ValueError("it needs one line '---' between system and user text, or two")
@@ -2237,7 +2255,7 @@ def plan_waves(prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int
 @torch.no_grad()
 def generate_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
                      max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
-                     top_p: float = 1.0) -> list[list[list[int]]]:
+                     top_p: float = 1.0, tick: Callable | None = None) -> list[list[list[int]]]:
     """sample_answers() by the library, for models that cannot share prompts.
 
     Its draws depend on the batch, so the same answers come again for the same batch alone.
@@ -2251,10 +2269,18 @@ def generate_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Se
     own, model.generation_config = model.generation_config, transformers.GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0],
         num_return_sequences=len(seeds[0]), do_sample=temperature > 0, **sampling)
+
+    def never(found, *_, **__):  # stops nothing, but is called after each token
+        if tick is not None:
+            ended = torch.isin(found[:, ids.shape[1] :], torch.tensor(end_ids, device=found.device))
+            tick(int(ended.any(1).sum()), found.shape[1] - ids.shape[1])
+        return torch.zeros(len(found), dtype=torch.bool, device=found.device)
+
     try:
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(repr(seeds).encode()))
-            rows = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+            rows = model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=[never])
+            rows = rows[:, ids.shape[1] :].tolist()
     finally:
         model.generation_config = own
     answers = iter(cut_answer(row, end_ids) for row in rows)
@@ -2331,7 +2357,7 @@ class LocalModel:
         waves = plan_waves([len(p) for p in prompts], n_answers, self.cfg.max_new_tokens,
                            self.cache_tokens(), shares)
         progress = DecodingProgress(len(prompts) * n_answers)
-        decode = functools.partial(sample_answers, tick=progress) if shares else generate_answers
+        decode = functools.partial(sample_answers if shares else generate_answers, tick=progress)
         while waves:
             wave, rows = waves.pop(0), ()
             try:
@@ -2432,15 +2458,30 @@ class Endpoint:
 
     def ask_all(self, bodies: Sequence[dict]) -> list[Completion]:
         """Send all requests, `concurrency` at a time; results are in their order."""
-        stop, pool = threading.Event(), concurrent.futures.ThreadPoolExecutor(self.cfg.concurrency)
-        answers = [pool.submit(self.ask, body, stop) for body in bodies]
+        stop, answers = threading.Event(), [concurrent.futures.Future() for _ in bodies]
+        todo = zip(answers, bodies, strict=True)
+
+        def work() -> None:
+            """Ask until nothing is left."""
+            for answer, body in todo:
+                try:
+                    answer.set_result(self.ask(body, stop))
+                except ValueError as error:
+                    answer.set_exception(error)
+                finally:
+                    if not answer.done():  # a fault of ours, whose traceback is on the screen
+                        answer.set_exception(RuntimeError("a thread that asks has ended"))
+                if stop.is_set():
+                    break
+
+        for _ in range(min(self.cfg.concurrency, len(bodies))):
+            threading.Thread(target=work, daemon=True).start()  # nobody waits for them at the end
         try:
             for answer in tqdm(concurrent.futures.as_completed(answers), "answers", len(answers),
                                disable=None, leave=False):
                 answer.result()  # raises what no other request would get around
         finally:  # after an error or Ctrl-C nothing is tried again, and what is in flight left
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
         return [answer.result() for answer in answers]
 
     def reach(self) -> None:
@@ -2519,23 +2560,30 @@ class Endpoint:
 
     def parse(self, reply: bytes) -> dict:
         """The JSON of a reply; NoAnswer where it is a page, or an error under the status 200."""
-        if reply.lstrip()[:1] == b"<":
-            raise NoAnswer(" ".join(reply.decode("utf-8", "replace").split()))
+        words = " ".join(reply.decode("utf-8", "replace").split())
+        if not words.startswith("{"):
+            raise NoAnswer(words or "an empty reply")
         answer = json.loads(reply)
-        if isinstance(answer, dict) and not answer.get("choices"):
-            said = answer.get("error") or answer
+        choice = (answer.get("choices") or [answer])[0]
+        said = choice.get("error") or (choice if choice is answer else None)
+        if said:
             raise NoAnswer(str(said.get("message", said) if isinstance(said, dict) else said))
         return answer
 
     def read(self, answer: dict, body: dict) -> Completion:
         """What the JSON of an answer says. Raises where it is not of the form that it should be."""
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text = choice["message"].get("content") or ""
-        thought = choice["message"].get("reasoning_content") or ""
+        message = choice["message"]
+        text = message.get("content") or ""
+        if isinstance(text, list):  # of parts
+            text = "".join(part.get("text") or "" for part in text)
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
         if not (isinstance(text, str) and isinstance(thought, str)):
             raise TypeError("the answer's content is not text")
         if thought and not text:
             if not re.search(r"<answer>.*</answer>", thought, re.DOTALL):
+                print_once(f"note: content is empty, and reasoning_content begins with"
+                           f" {visible(thought)[:100]!r}")
                 return Completion("", error="the server puts the text into reasoning_content, and"
                                             " no answer stands there")
             text = thought
@@ -2569,8 +2617,9 @@ class RolloutServers(Endpoint):
         shutil.rmtree(self.folder, ignore_errors=True)
         save_adapter(model, self.folder / name, self.cfg.model)
         body = {"lora_name": name, "lora_path": str((self.folder / name).resolve())}
-        with concurrent.futures.ThreadPoolExecutor(len(self.urls)) as pool:  # one may hang
-            faults = list(pool.map(lambda url: self.load_on(url, body), self.urls))
+        pool = concurrent.futures.ThreadPoolExecutor(len(self.urls))  # one may hang
+        faults = list(pool.map(lambda url: self.load_on(url, body), self.urls))
+        pool.shutdown(wait=False)
         if all(faults):
             raise ValueError(f"no --rollout-endpoint could load the adapter {self.folder / name}:"
                              f" {self.urls[0]}: {faults[0]}; start vLLM as the README says")
@@ -3186,7 +3235,8 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     """
     file, meta = Path(given.get("model") or ".", "meta.json"), {}
     if given.get("model") and file.is_file():
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        with evaluate.numbered_lines(file) as lines:
+            meta = dict(json.loads("".join(lines)))
     cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
     prompt = METHODS[cfg.method].prompt
     if "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
@@ -3287,13 +3337,14 @@ class GroupRanker:
 
     def rank(self, query: str, documents: Sequence[str], top_k: int | None = None,
              return_documents: bool = False) -> list[dict]:
-        """Rank documents for a query: [{"corpus_id", "score" (0-10), "text"?}], best first.
+        """Rank documents for a query: [{"corpus_id", "score", "text"?}], best first; scores are
+        from 0 to 10, but for fusion="zscore".
 
         The order given counts as the first stage: it breaks ties, and a document that the model
         did not score keeps its place there with the score of the one before it.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be a whole number from 1 on, got {top_k!r}")
         ranking, _ = self.rank_with_reasons(query, documents)
         rows = []
         for i, score in zip(ranking.order, carried_scores(ranking), strict=True):

@@ -480,7 +480,8 @@ class Encoder:
             raise ValueError(f"{path}: pooling {self.pooling} is not implemented; see --pooling")
         places = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        places -= (getattr(table, "padding_idx", None) or -1) + 1  # RoBERTa counts from behind it
+        padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind it
+        places -= 0 if padding is None else padding + 1
         most = (cfg.max_doc_tokens, self.tokenizer.model_max_length, limits.get("max_seq_length"))
         self.max_tokens, self.batch = min(filter(None, (*most, places))), cfg.chunk
         print(f"encoder: {path}, {self.pooling} pooling, before texts {self.prefixes}")
@@ -563,10 +564,9 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, alpha=0.5):
     BM25 names its top_k that share a word with the query, the encoder its top_k, and all of these
     are fused by their exact scores.
     """
-    encoder = encoder if alpha < 1 else None  # BM25 alone
     ids, index = list(corpus), evaluate.BM25(corpus.values())
     depth = top_k + max(map(len, excluded.values()), default=0)
-    if encoder:
+    if encoder and alpha < 1:
         docs = encoder.encode(list(corpus.values()), "document")
         vectors = encoder.encode(list(queries.values()), "query")
         nearest = dense_search(vectors, docs, depth, encoder.machine.device)
@@ -575,7 +575,7 @@ def retrieve(corpus, queries, excluded, top_k, encoder=None, alpha=0.5):
         banned = excluded.get(qid, ())
         pairs = zip(*(part.tolist() for part in index.search(query, depth)), strict=True)
         found = [(i, s) for i, s in pairs if s > 0 and ids[i] not in banned][:top_k]
-        if encoder:
+        if encoder and alpha < 1:
             near = [i for i in nearest[row].tolist() if ids[i] not in banned][:top_k]
             both = sorted({i for i, _ in found} | set(near))
             lexical = evaluate.minmax(index.scores(query)[both].tolist())
@@ -895,7 +895,7 @@ def synthesise(cfg: Config, make_models=load_models) -> Work:
         docs = cfg.generate_queries + n * (2 * pool + n_groups * max(parse_sizes(cfg.group_sizes)))
         tokens = docs * sum(map(len, work.corpus.values())) / len(work.corpus) / 4
         # A guess, unless answers are known: tokens of one, and for each document in it.
-        each = 100 + 20 * docs / calls
+        each = 100 + 20 * docs / max(calls, 1)
         if database.exists():
             with contextlib.closing(sqlite3.connect(database)) as known:
                 (mean,) = known.execute("SELECT AVG(LENGTH(text)) FROM answers").fetchone()

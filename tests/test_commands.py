@@ -55,6 +55,9 @@ def place(tmp_path_factory):
     write_rows(root / "twice.jsonl", [good_row("x"), good_row("y"), good_row("x")])
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text("{}")
+    (root / "mute").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(root / "model" / name, root / "mute")
     (root / "weights").mkdir()
     shutil.copy(root / "model" / "model.safetensors", root / "weights")
     (root / "utf16.jsonl").write_text(json.dumps(good_row()), encoding="utf-16")
@@ -135,6 +138,7 @@ BAD_INPUT = [
     (RUN + "excluded.run", "leaves nothing to rerank"),
     (RUN + "empty.txt", "empty.txt: the run is empty"),
     (RERANK + " --data {p}/nobeir --run {p}/first.run --out {o}", "nobeir"),
+    ("--rerank --model {p}/mute --query x --docs {p}/some.txt", "it has no tokenizer's files"),
     ("--rerank --model {p}/weights --data {p}/beir --run {p}/first.run --out {o}", "no model with a tokenizer"),
     (RERANK + " --data {p}/beir --run {p}/first.run", "--rerank needs"),
     (RERANK + " --data {p}/beir --run {p}/first.run --out {p}/beir", "--out FILE"),

@@ -770,10 +770,11 @@ def test_prepare_beir_keeps_titles_and_only_the_judged_queries(tmp_path, layout)
 def test_what_prepare_writes_can_be_read_also_with_ids_as_integers_and_null_texts(tmp_path, parquet):
     rows, clone = [{"_id": 7, "title": "T", "text": None}, {"_id": 8, "title": "", "text": "x"}], tmp_path / "beir"
     write_rows(clone / "corpus" / "corpus", rows, parquet)
-    write_rows(clone / "queries" / "queries", [{"_id": "1", "text": "judged"}], parquet)
+    write_rows(clone / "queries" / "queries", [{"_id": 1, "text": "judged"}], parquet)
     write(clone / "test.tsv", "query-id\tcorpus-id\tscore\n1\t7\t2\n")
     evaluate.prepare("beir/nfcorpus", tmp_path / "b", source=clone)
-    assert evaluate.read_collection(tmp_path / "b").corpus == {"7": "T", "8": "x"}
+    collection = evaluate.read_collection(tmp_path / "b")
+    assert (collection.corpus, collection.queries) == ({"7": "T", "8": "x"}, {"1": "judged"})
     clone = tmp_path / "r2med"
     write_rows(clone / "corpus", [{"id": 5, "text": "light"}], parquet)
     write_rows(clone / "query", [{"id": 0, "text": "why"}], parquet)

@@ -92,6 +92,7 @@ EQUATIONS = [  # name, arguments, keywords, the value by hand
     ("fuse_scores", ([8, 2, None], [30, 10, 20], 0.25, True), {},
      [0.75 + 0.25 * math.sqrt(1.5), -0.75 - 0.25 * math.sqrt(1.5), None]),
     ("fuse_scores", ([3, 3], [5, 5], 0.25, True), {}, [0, 0]),
+    ("fuse_scores", ([7, 7, 7], [0.1, 0.1, 0.1], 0.4, True), {}, [0, 0, 0]),
     ("fuse_scores", ([None, None], [5, 4], 0.25, True), {}, [None, None]),
     ("order_candidates", ([0.1, None, 0.9, 0.1],), {}, [2, 1, 0, 3]),
     ("order_candidates", ([0.5, 0.7, 0.5, 0.7],), {}, [1, 3, 0, 2]),
@@ -183,6 +184,9 @@ def test_parser_accepts_what_released_checkpoints_emit(text):
     ('{"[1]": 7, "[1]": 7, "[2]": 3, "[3]": 3}', "out_of_range", None),
     ('{"[0]": 9, "[1]": 7, "[2]": 3}', "out_of_range", None),  # it may count from zero
     ('{"[0]": 2, "[1]": 9}', "out_of_range", None),
+    ('{"[０]": 2, "[1]": 9}', "out_of_range", None),
+    ('{"[-1]": 2, "[1]": 9}', "out_of_range", None),
+    ('{"Doc 0": 2, "[1]": 9}', "out_of_range", None),
     ('{"[1]": 7, "[3]": 3}', "out_of_range", None),
     ('{"[1]": 7, "[2]": 3, "[3]": 3}', "out_of_range", [7, 3]),
     ('{"[-1]": 7, "[1]": 7, "[2]": 3}', "out_of_range", [7, 3]),
@@ -228,29 +232,36 @@ def test_without_an_answer_nothing_is_read():
     '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer><think>no',
     '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer> or <answer>{"[1]": 1, "[2]": 9}</answer>',
     '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer> or <ANSWER>{"[1]": 1',
-    '<answer>{"[1]": 9, "[2]": 1}<answer>'])
+    '<answer>{"[1]": 9, "[2]": 1}<answer>',
+    '<thinking><reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer>',
+    '[THINK]<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer>',
+    '<|think|><reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer>',
+    '<think >maybe <answer>{"[1]": 9, "[2]": 1}</answer>',
+    '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer> wait <answer >{"[1]": 1'])
 def test_a_draft_is_no_answer(text):
     """Thinking that never ends, or an answer that begins again: not read, and not rewarded."""
     for parse in (parse_answer, grouprank.parse_rating, grouprank.parse_permutation):
         assert (parse(text, 2).scores, parse(text, 2).status) == (None, "bad_tags")
     assert score_completion(text, [10, 0]).total == -0.5
-    assert parse_answer("thought </think>" + answer([9, 1]), 2).status == "ok"
+    for closing in ("</think>", "</thinking>", "[/THINK]"):
+        assert parse_answer(f"<answer>9</answer> {closing}" + answer([9, 1]), 2).status == "ok"
 
 
 @pytest.mark.parametrize("body", [
     '{"[1]": 7, "[2]": 3,}', "{'[1]': 7, '[2]': 3}", "{“[1]”: 7, “[2]”: 3}", '{"[1]"： 7， "[2]"： 3}',
     '{"[1]": 7, // helps\n "[2]": 3 # less\n}', '{"[1]": 7, /* helps */ "[2]": 3}',
-    '{"[1]": "7/10", "[2]": 3 / 10}', '{"scores": {"[1]": 7, "[2]": 3}}', '{"[１]": 7, "【2】": ３}'])
+    '{"[1]": "7/10", "[2]": 3 / 10}', '{"[1]": "7 out of 10", "[2]": 3}', "{[1]: 7, [2]: 3}", '{"scores": {"[1]": 7, "[2]": 3}}', '{"[１]": 7, "【2】": ３}'])
 def test_oddly_written_scores_with_one_reading_are_read_but_not_rewarded(body):
     for tag in ("answer", "ANSWER"):
-        parsed = parse_answer(f"<reason>r</reason><{tag}>{body}</{tag}>", 2)
+        parsed = parse_answer(f"<reason>doc #1 // r</reason><{tag}>{body}</{tag}>", 2)
         assert (parsed.scores, parsed.complete) == ([7, 3], True) and parsed.status != "ok"
         assert score_completion(f"<reason>r</reason><{tag}>{body}</{tag}>", [10, 0]).total < 0
 
 
 @pytest.mark.parametrize("body", ['{"[1]": 7, "[2]": 3/100}', '{"[1]": 7, "[2]": 0.3/10}',
                                   '{"[1]": 7, "[2]": -3/10}', '{"[1]": 7, "[2]": 13/10}',
-                                  '{"[1]": 7} and {"[2]": 3}'])
+                                  '{"[1]": 7} and {"[2]": 3}', '{"ranks": {"[1]": 1, "[2]": 2}}',
+                                  '{"not the answer": {"[1]": 1, "[2]": 2}}'])
 def test_what_has_no_one_reading_is_not_read(body):
     assert not parse_answer(f"<reason>r</reason><answer>{body}</answer>", 2).complete
 
@@ -266,14 +277,16 @@ def test_parser_is_linear_on_a_megabyte_of_tags():
     for piece in ("<reason>", "<answer>{", "</answer>", "</think><answer>", '{"[1]": 1, '):
         started = time.perf_counter()
         parse_answer(piece * (1_000_000 // len(piece)), 5)
-        assert time.perf_counter() - started < 1.0  # a backtracking pattern would take hours
+        assert time.perf_counter() - started < 4.0  # a backtracking pattern would take hours
 
 
 @pytest.mark.parametrize(("inside", "status", "scores"), [
     (" 7 ", "ok", [7]), ("10.0", "ok", [10]), ('{"[1]": 7}', "ok", [7]),
     ("11", "bad_score", [None]),
-    *((other, "bad_json", [7]) for other in ("**7**", "7/10", "Score: 7", "**Score:** 7", "[7]", "７")),
-    *((other, "bad_json", [None]) for other in ("7.5", "7/100", "-1", "٣", "", "7 or 8"))])
+    *((other, "bad_json", [7]) for other in (
+        "**7**", "7/10", "Score: 7", "**Score:** 7", "[7]", "７", '"7"', "“7”", "7.", "Rating: 7", "Score = 7", "(7)",
+        "`7`", "7 out of 10", "\\boxed{7}", '{"score": 7}')),
+    *((other, "bad_json", [None]) for other in ("7.5", "7/100", "-1", "٣", "", "7 or 8", "[1]", ".7"))])
 def test_a_rating_is_one_whole_number_from_0_to_10(inside, status, scores):
     parsed = grouprank.parse_rating(f"<reason>r</reason>\n<answer>{inside}</answer>")
     assert (parsed.status, parsed.scores, parsed.reason) == (status, scores, "r")
@@ -289,6 +302,8 @@ def test_a_rating_is_one_whole_number_from_0_to_10(inside, status, scores):
     ("[2] > [3] > [2] > [1]", "duplicate", [2, 3, 1]),
     ("[2] > [4] > [3] > [1]", "out_of_range", [2, 3, 1]),
     ("２ > ３ > １", "bad_json", [2, 3, 1]),
+    ("[2, 3, 1]", "ok", [2, 3, 1]),
+    ("2 > 3 > 1.", "ok", [2, 3, 1]),
     ("1. [2]\n2. [3]\n3. [1]", "ok", [2, 3, 1]),
     ("Rank 1: [2]\nRank 2: [3]\nRank 3: [1]", "ok", [2, 3, 1]),
     ("| rank | document |\n|---|---|\n| 1 | [2] |\n| 2 | [3] |\n| 3 | [1] |", "ok", [2, 3, 1]),
@@ -314,7 +329,8 @@ def test_of_random_numbered_lists_every_one_is_read_right():
 
 @pytest.mark.parametrize("inside", [
     "[9]", "none of them", '{"[2]": 3, "[1]": 1}', "[2] < [1] < [3]", "1. 3\n2. 1\n3. 2", "1 3\n2 1\n3 2",
-    "[2] > [0] > [1]", "[2] > [3] > [4]", "[2] > [2] > [9]"])
+    "[2] > [0] > [1]", "[2] > [3] > [4]", "[2] > [2] > [9]", "[2] ＜ [1] ＜ [3]", "[2] &lt; [1]", "[2] ≤ [1] ≤ [3]",
+    "[1]: [3], [2]: [1], [3]: [2]", "[1] [3]\n[2] [1]\n[3] [2]", "1 3"])
 def test_numbers_out_of_range_ranks_chains_that_rise_and_scores_are_no_order(inside):
     text = f"<reason>9 8 7</reason><answer>{inside}</answer>"
     parsed = grouprank.parse_permutation(text, 3)
@@ -603,7 +619,7 @@ def test_a_prompt_file_in_the_shape_of_the_released_checkpoints_is_rendered_lett
         "You judge.\n\n---\nHere are {n} documents.\nQuery: {query}\nDocuments:\n{documents}\n\nScore them."
         "\n\n---\n[{i}]. {text}")
     prompt, query = grouprank.read_prompt(tmp_path / "prompt.txt"), "why red, and when?"
-    texts = ["A leaf.\n\nIt is red.", "B " * 2000, "{query} stays {i}"]
+    texts = ["A leaf.\r\n\u2028It is red.", "B " * 2000, "{query} stays {i}"]
     trimmed = [grouprank.trim_document(text, 3000, True) for text in texts]
     assert trimmed == ["A leaf. It is red.", ("B " * 2000)[:3000], texts[2]]
     user = ("Here are 3 documents.\nQuery: why red, and when?\nDocuments:\n[1]. A leaf. It is red.\n\n[2]. "
@@ -631,6 +647,8 @@ def test_the_prompts_hash_changes_with_any_letter(tmp_path):
     path.write_text("---\n{query}\n{documents}")
     assert grouprank.read_prompt(path) == grouprank.Prompt("", "{query}\n{documents}")
     path.write_text("system\n---\n{query}\n{documents}", encoding="utf-8-sig")  # with a byte order mark
+    assert grouprank.read_prompt(path) == grouprank.Prompt("system", "{query}\n{documents}")
+    path.write_bytes(b"system\r\n---\r\n{query}\r\n{documents}")
     assert grouprank.read_prompt(path) == grouprank.Prompt("system", "{query}\n{documents}")
     path.write_text("no separator {query} {documents}")
     with pytest.raises(ValueError, match="needs one line '---'"):

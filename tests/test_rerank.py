@@ -7,11 +7,14 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import types
 import urllib.error
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,7 +186,6 @@ def test_when_all_tries_fail_the_valid_scores_of_the_tries_stand():
     assert sorted(ranking.order) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("method", ["groupwise", "pointwise", "listwise"])
 def test_a_cut_answer_that_went_on_behind_its_scores_was_a_draft_and_closing_words_are_not():
     text = make_answer([9, 1])
     for ending, truncated, scores in (("", True, [9, 1]), ("\n", True, [9, 1]), (" no wait", True, None),
@@ -191,8 +193,15 @@ def test_a_cut_answer_that_went_on_behind_its_scores_was_a_draft_and_closing_wor
         completion, counts = grouprank.Completion(text + ending, truncated), Counter()
         found = grouprank.count_answer(completion, grouprank.METHODS["groupwise"], 2, counts)
         assert found.scores == scores and counts["truncated"] == truncated
+    for cut, method in (('<answer>{"[1]": 9, "[2]": 1} no wait, let', "groupwise"), ("<answer>[2] > [1] > [3", "listwise"),
+                        ('<ANSWER>{"[1]": 9, "[2]": 1}</ANSWER> no wait', "groupwise"),
+                        ("<answer>[2] > [1] no", "listwise"), ("<answer>1", "pointwise")):  # fmt: skip
+        completion = grouprank.Completion("<reason>r</reason>" + cut, truncated=True)
+        assert grouprank.count_answer(completion, grouprank.METHODS[method], 1 if method == "pointwise" else 3,
+                                      Counter()).scores is None  # fmt: skip
 
 
+@pytest.mark.parametrize("method", ["groupwise", "pointwise", "listwise"])
 def test_an_answer_that_was_cut_anywhere_gives_no_score_that_was_not_meant(method):
     """A 10 cut to 1, or a [12] cut to [1], must not count."""
     gold = [10] if method == "pointwise" else [10, 3, *range(10), 10]
@@ -694,7 +703,7 @@ def test_a_server_that_always_misbehaves_ends_in_counts_and_never_in_a_wrong_sco
     with GoldServer(gold_of(queries), always=fault) as server:
         endpoint = grouprank.Endpoint(server.url, "x", cfg, tries=2, backoff_s=0.001)
         if fault not in ("missing", "out of range"):
-            words = {"html": "answered NoAnswer: <html>", "no choices": r"answered NoAnswer: \{'choices': \[\]",
+            words = {"html": "answered NoAnswer: <html>", "not a dict": 'answered NoAnswer: "sorry"', "no choices": r"answered NoAnswer: \{'choices': \[\]",
                      "json": "none of 20 answers could be read", "length": "none of 20 answers could be read"}
             all_failed = r"none of 20 calls was answered; the first error: .* \(2 tries\)"
             with pytest.raises(ValueError, match=words.get(fault, all_failed)):
@@ -748,7 +757,7 @@ def test_requests_go_to_the_server_with_the_fewest_in_flight():
     def post(url, body):
         urls.append(url)
         all_there.wait(timeout=10)
-        return json.dumps({"choices": [{"message": {"content": "x"}}]})
+        return json.dumps({"choices": [{"message": {"content": "x"}}]}).encode()
 
     endpoint.post = post
     endpoint.ask_all([{"seed": i} for i in range(6)])
@@ -787,6 +796,8 @@ def test_no_json_of_a_server_can_stop_a_run(value):
     (b'{"error": {"message": "Insufficient credits"}}', "Insufficient credits"),
     (b'{"error": "overdrawn", "choices": null}', "overdrawn"),
     (b'{"choices": []}', r"\{'choices': \[\]\}"),
+    (b"", "an empty reply"), (b"Service temporarily unavailable", "Service temporarily"), (b"[]", r"\[\]"),
+    (b'{"choices": [{"error": {"message": "No credits"}, "message": null}]}', "No credits"),
     (b"\n<!DOCTYPE html>\n<title>Sign in</title>", "<!DOCTYPE html> <title>Sign in</title>")])  # fmt: skip
 def test_a_reply_that_is_no_answer_stops_after_three_tries_with_its_words(reply, words):
     endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(concurrency=1), backoff_s=0.001)
@@ -801,13 +812,36 @@ def test_an_answer_that_thinks_only_is_read_where_a_whole_one_stands_and_named_w
     def thinking(text):
         choice = {"message": {"content": None, "reasoning_content": text}, "finish_reason": "length"}
         endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(), tries=1)
-        endpoint.post = lambda url, body: json.dumps({"choices": [choice]})
+        endpoint.post = lambda url, body: json.dumps({"choices": [choice]}).encode()
         return endpoint
 
     rankings, _ = asked(thinking("so " + make_answer([1, 9])), [candidates([0, 0])])
     assert rankings[0].order == [1, 0]
+    for key in ("content", "reasoning"):
+        message = {"content": [{"type": "text", "text": make_answer([1, 9])}]} if key == "content" else {
+            "content": None, key: make_answer([1, 9])}
+        endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(), tries=1)
+        endpoint.post = lambda url, body, message=message: json.dumps({"choices": [{"message": message}]}).encode()
+        assert asked(endpoint, [candidates([0, 0])])[0][0].order == [1, 0]
     with pytest.raises(ValueError, match="the server puts the text into reasoning_content"):
         asked(thinking("let me see <answer>"), [candidates([0, 0])])
+
+
+def test_ctrl_c_in_a_program_that_asks_a_silent_server_ends_it_at_once():
+    class Silent(LocalServer):
+        def post(self, handler, body):
+            time.sleep(30)
+
+    with Silent() as server:
+        code = ("import os, signal, threading, grouprank\n"
+                "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                f"ranker = grouprank.GroupRanker.from_pretrained('m', endpoint='{server.url}')\n"
+                "threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+                "ranker.rank('q', ['a', 'b'])")
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                                   cwd=Path(grouprank.__file__).parent)  # fmt: skip
+        _, errors = process.communicate(timeout=25)
+    assert "KeyboardInterrupt" in errors and process.returncode != 0
 
 
 def test_that_no_server_is_there_is_said_before_the_first_call():
@@ -866,7 +900,7 @@ def test_documents_that_are_no_texts_are_named_at_the_door(documents, named):
         ranker.rank("query", documents)
     with pytest.raises(TypeError, match="not bytes$"):
         ranker.rank(b"query", ["a 1"])
-    with pytest.raises(ValueError, match="top_k must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="top_k must be a whole number from 1 on, got -1"):
         ranker.rank("query", ["a 1", "b 2"], top_k=-1)
 
 

@@ -226,6 +226,14 @@ def test_what_is_drawn_does_not_depend_on_the_batch():
     assert together != sample_all(model, prompts, 6, seed=8)
 
 
+def test_decoding_by_the_library_tells_how_it_goes_too():
+    model, ticks = tiny_model("qwen2"), []
+    run_rows(model)
+    grouprank.generate_answers(model, [[5, 6], [7]], [[(0,), (1,)]] * 2, max_new_tokens=4, end_ids=[END],
+                               tick=lambda *numbers: ticks.append(numbers))
+    assert [n for _, n in ticks] == [1, 2, 3, 4] and all(0 <= ended <= 4 for ended, _ in ticks)
+
+
 def test_the_librarys_draws_are_those_of_the_seeds_and_leave_the_random_state_alone():
     model, rng = tiny_model("qwen2"), np.random.default_rng(2)
     prompts = [random_ids(rng, n) for n in (25, 3, 11)]

@@ -482,14 +482,14 @@ def test_mutations_of_real_answers_are_read(real_data):
 
 @pytest.mark.parametrize("piece", ["<answer>", "</think>", "{", "[", '"[2]": 5,', '{"[1]":', "\\", '"',
                                    "9", "-", " ", "1e", "\ud800"])  # fmt: skip
-def test_a_megabyte_of_anything_is_read_in_under_a_second(piece):
+def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
     inside = piece * (1_000_000 // len(piece))
     for text in (inside, f"<reason></reason><answer>{inside}</answer>",
                  f'<reason></reason><answer>{{"[1]": {inside}}}</answer>'):  # fmt: skip
         for parse in (grouprank.parse_answer, grouprank.parse_rating, grouprank.parse_permutation):
             started = time.perf_counter()
             parse(text, 20)
-            assert time.perf_counter() - started < 1.0
+            assert time.perf_counter() - started < 4.0  # a quadratic pattern would take hours
 
 
 def test_a_special_token_inside_an_answer_is_seen_by_the_reward(cfg, place, tmp_path, monkeypatch):
