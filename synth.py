@@ -466,7 +466,8 @@ class Encoder:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.model, loaded = transformers.AutoModel.from_pretrained(
             path, dtype=dtype or self.machine.dtype, output_loading_info=True)
-        if lacking := [n for n in sorted(loaded["missing_keys"]) if not n.startswith("pooler.")]:
+        lacking = [n for n in sorted(loaded["missing_keys"]) if not n.startswith("pooler.")]
+        if lacking := lacking + ["tokenizer"] * (len(self.tokenizer) < 20):  # one that was made up
             raise ValueError(f"{path}: the checkpoint has no {lacking[0]}: it would be random")
         self.model = self.model.to(self.machine.device).eval()
         self.tokenizer.padding_side = "right"  # pooling counts on it
@@ -480,8 +481,7 @@ class Encoder:
             raise ValueError(f"{path}: pooling {self.pooling} is not implemented; see --pooling")
         places = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind it
-        places -= 0 if padding is None else padding + 1
+        places -= 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
         most = (cfg.max_doc_tokens, self.tokenizer.model_max_length, limits.get("max_seq_length"))
         self.max_tokens, self.batch = min(filter(None, (*most, places))), cfg.chunk
         print(f"encoder: {path}, {self.pooling} pooling, before texts {self.prefixes}")

@@ -799,6 +799,14 @@ def test_an_encoder_whose_weights_lack_is_refused_not_filled_with_random_ones(be
             synth.Encoder(str(tmp_path / "lacking"), synth.Config())
 
 
+def test_an_encoder_without_its_tokenizers_files_is_refused(bert, tmp_path):
+    """transformers makes one up, to which every word is unknown."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(bert) / name, tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint has no tokenizer"):
+        synth.Encoder(str(tmp_path), synth.Config())
+
+
 @pytest.mark.parametrize(("break_it", "message"), [
     (lambda st: (st / "1_Pooling" / "config.json").unlink(), "its pooling has no config.json"),
     (lambda st: (st / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true, "include_prompt": false}'),
