@@ -705,10 +705,10 @@ def prepare(name, out, *, source=None):
             else:
                 corpus[str(doc)] = (title, text or "")
         queries = {str(qid): text for qid, text in queries.items()}
-        qrels = {str(q): {str(d): g for d, g in docs.items()} for q, docs in qrels.items()}
         if odd := [g for docs in qrels.values() for g in docs.values() if float(g) % 1]:
             raise ValueError(f"{name}: the grade {odd[0]} is no whole number; scale them before")
-        qrels = {q: {d: int(float(g)) for d, g in docs.items()} for q, docs in qrels.items()}
+        qrels = {str(qid): {str(doc): int(float(grade)) for doc, grade in docs.items()}
+                 for qid, docs in qrels.items()}  # fmt: skip
         excluded = {str(qid): set(map(str, docs)) for qid, docs in excluded.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name}: a row lacks a field or holds an odd value ({error})") from None

@@ -519,9 +519,6 @@ _ASCII = str.maketrans({chr(c + 0xFEE0): chr(c) for c in range(0x21, 0x7F)}
                        | {"【": "[", "】": "]"} | dict.fromkeys("“”„‟«»‘’‚‛'", '"'))
 
 
-_RISING = str.maketrans("＜≤≦≺≪‹", "<<<<<<")
-
-
 def forgiving(parse: Callable) -> Callable:
     """Give a parser a second try at answers that are written oddly and have one reading only.
 
@@ -677,8 +674,7 @@ def parse_permutation(text: str, n_docs: int) -> Answer:
     order.
     """
     reason, inside, tags_ok = read_tags(text)
-    inside = (inside or "").translate(_RISING)
-    inside = "" if re.search("[{<]|&lt;", inside) else inside
+    inside = "" if inside is None or re.search("[{<＜≤≦≺≪‹]|&lt;", inside) else inside
     numbers = [int(n) for n in re.findall(r"\[\s{,9}(\d{1,9})\s{,9}\]", inside, re.ASCII)]
     words = re.split(r"[>,;\s]+", inside.strip(" \n[]."))
     if not numbers and all(re.fullmatch(r"\d{1,9}", w, re.ASCII) for w in words):
@@ -2223,13 +2219,15 @@ def stop_on_signals() -> Iterator[list[int]]:
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nfinishing this step, then saving (once more: stop at once)\n")
 
+    # Python allows handlers in the main thread alone; nohup sets SIG_IGN.
+    main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup sets it
+              if main and signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 # --- Who answers: a local model, or servers -------------------------------------------------------
@@ -2865,7 +2863,7 @@ def save_state(run: Run, stage: str, optimizer: Optimizer) -> None:
 def start_stage(run: Run, stage: str, items, reference, optimizer: Optimizer) -> None:
     """What comes before the first step: the last checkpoint, and what is found out early."""
     model, machine, cfg = run.model, run.local.machine, run.cfg
-    state = read_state(run.out / "checkpoints" / f"{stage}.pt")
+    state = read_state(run.out / "checkpoints" / f"{stage}.pt") if cfg.resume else None
     run.step = state["step"] if state else 0
     if state:
         optimizer.load(state)
@@ -3163,18 +3161,19 @@ def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates
     """Rerank queries by cfg.method, together; adds to the counts what the answers were like."""
     rank, own = slide_windows if cfg.method == "listwise" else score_groups, Counter()
     rankings = rank(backend, Method(prompt, METHODS[cfg.method].parse), queries, cfg, own)
-    n_calls, words = own["calls"], [key for key in own if key.startswith(("error: ", "unread: "))]
+    n_calls, unread = own["calls"], [key for key in own if key.startswith("unread: ")]
+    n_unread = sum(own.pop(key) for key in unread)  # what a model wrote goes into no file
+    start = repr(unread[0].removeprefix("unread: ")) if unread else ""
     if n_calls and own["errors"] == n_calls:
-        raise ValueError(f"none of {n_calls} calls was answered; the first {words[0]}")
-    words = [key for key in words if key.startswith("unread: ")]
-    n_unread = sum(own.pop(key) for key in words)  # what a model wrote goes into no file
+        worst = next(key for key in own if key.startswith("error: "))
+        raise ValueError(f"none of {n_calls} calls was answered; the first {worst}")
     if n_calls and n_unread + own["errors"] == n_calls:
         raise UnreadableAnswers(
-            f"none of {n_calls} answers could be read; one begins with {words[0][8:]!r}. Is the"
-            " model trained for this prompt, or does it think, and --max-new-tokens ends it first?")
+            f"none of {n_calls} answers could be read; one begins with {start}. Is the model"
+            " trained for this prompt, or does it think, and --max-new-tokens ends it first?")
     if n_unread > n_calls / 2:
         print_once(f"warning: {n_unread} of {n_calls} answers could not be read; one begins with"
-                   f" {words[0][8:]!r}")
+                   f" {start}")
     own["unscored documents"] += sum(r.means.count(None) for r in rankings)
     counts.update(own)
     return rankings
@@ -3524,20 +3523,23 @@ def demo_tokenizer(world: DemoWorld, max_docs: int = 20, more: Sequence[str] = (
     return tokenizer
 
 
-def demo_model(tokenizer, seed: int):
+def demo_model(tokenizer, seed: int, head_dim: int = 24, rope_theta: float = 1000.0):
     """A Qwen3 with random weights: 2 layers, width 96, about 200,000 parameters."""
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=24, max_position_embeddings=1024,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
+        num_attention_heads=4, num_key_value_heads=4, head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.06,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return transformers.Qwen3ForCausalLM(config)
 
 
 def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
-    """Write the demo's collection, first-stage run, training rows and untrained model."""
+    """Write the demo's collection, first-stage run, training rows and untrained model.
+
+    They go into OUT/demo, and all that an old run left in OUT goes.
+    """
     open_alone(folder.parent / "metrics.jsonl").close()  # not while another process trains there
     clear_output(folder.parent)
     corpus, queries, qrels = world.collection(DEMO_QUERIES, DEMO_CANDIDATES)

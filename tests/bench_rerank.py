@@ -180,14 +180,7 @@ def train_base(folder, world):
     a whole answer for a document to be looked up by its sum, which is what sorting takes.
     """
     tokenizer, model = grouprank.demo_tokenizer(world, more=[">"]), folder / "untrained"
-    config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=48, max_position_embeddings=1024,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
-    torch.manual_seed(world.seed)
-    transformers.Qwen3ForCausalLM(config).save_pretrained(model)
+    grouprank.demo_model(tokenizer, world.seed, head_dim=48, rope_theta=1e5).save_pretrained(model)
     tokenizer.save_pretrained(model)
     for size, n_docs in BASE_DOCS.items():
         lr = 3e-3 if size == 1 else 1e-3  # more makes it forget what it has learned, at a new size

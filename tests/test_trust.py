@@ -11,6 +11,7 @@ import shutil
 import signal
 import socketserver
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -221,6 +222,16 @@ def test_a_full_disk_while_reranking_names_the_file_and_costs_no_finished_batch(
     with ChatServer(lambda body: FIVE) as server:
         grouprank.main([*command, server.url])
     assert len(server.bodies) == 2 and len((tmp_path / "o.run").read_text().splitlines()) == 3
+
+
+def test_a_run_that_is_not_resumed_takes_up_no_old_checkpoint(cfg, whole, tmp_path):
+    """Nor does training in another thread, where Python allows no handlers, end otherwise."""
+    grouprank.train(dataclasses.replace(cfg, seed=1), PROMPT, tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    thread = threading.Thread(target=grouprank.train, args=(cfg, PROMPT, tmp_path))
+    thread.start()
+    thread.join()
+    assert ending(tmp_path) == whole
 
 
 def test_an_output_that_cannot_be_written_is_one_sentence(cfg, tmp_path):
