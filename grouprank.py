@@ -873,52 +873,75 @@ def shares_prompts(model) -> bool:
 class PackedRow:
     """Attention inside one packed row: block after block of [prompt, completion_1 .. completion_G].
 
-    A prompt attends to itself, a completion to its prompt and itself. A list in `kept` collects the
-    prompts' keys and values for decoding: for each layer, one (2, 1, H_kv, P, D) a prompt.
+    A prompt attends to itself, a completion to its prompt and itself. A layer makes two calls, one
+    for all prompts and one for all completions, padded on the right. Which token goes where is
+    worked out once a row: layers that did so would make the device wait for Python.
+    A list in `kept` collects the prompts' keys and values for decoding, (2, B, H_kv, P, D) a layer.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, Sequence[int]]]):
+    def __init__(self, blocks: Sequence[tuple[int, Sequence[int]]], device="cpu"):
         """blocks: for each prompt its number of tokens and those of its completions."""
-        self.blocks = blocks
-        self.kept: list[list[Tensor]] | None = None
+        n_answers = max(len(lengths) for _, lengths in blocks)
+        sizes = torch.tensor([[n_prompt, *lengths, *[0] * (n_answers - len(lengths))]
+                              for n_prompt, lengths in blocks])  # (B, 1 + G)
+        starts = sizes.flatten().cumsum(0).view_as(sizes) - sizes
+
+        def slots(sizes, starts):  # (R,) -> (R, longest): the number of a token, -1 for padding
+            offsets = torch.arange(max(sizes.tolist(), default=0))
+            return torch.where(offsets < sizes[:, None], starts[:, None] + offsets, -1)
+
+        prompts = slots(sizes[:, 0], starts[:, 0])  # (B, P)
+        answers = slots(sizes[:, 1:].flatten(), starts[:, 1:].flatten())  # (B*G, C)
+        tokens = torch.cat([prompts.flatten(), answers.flatten()])
+        self.places = tokens.argsort()[-int(sizes.sum()) :].to(device)  # (T,): the slot of each
+        self.prompts, self.answers = (s.clamp(min=0).to(device) for s in (prompts, answers))
+        self.mask = self.kept = None
+        if answers.numel() and len(set(sizes[:, 0].tolist())) > 1:  # prompts that are padded
+            size = answers.shape[1]
+            causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+            real = (prompts >= 0).to(device).repeat_interleave(n_answers, 0)  # (B*G, P)
+            self.mask = torch.cat([real[:, None].expand(-1, size, -1),
+                                   causal.expand(len(real), -1, -1)], dim=2)[:, None]
 
     def attend(self, layer: int, query, key, value, scaling) -> Tensor:
         """Exact causal attention, (1, H, T, D) in and out."""
-        sizes = [size for n_prompt, lengths in self.blocks for size in (n_prompt, sum(lengths))]
-        parts = list(zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True))
-        prompts, answers = parts[::2], parts[1::2]
-        outputs = []
-        for (_, lengths), (q, k, v), answer in zip(self.blocks, prompts, answers, strict=True):
-            outputs.append(causal_attention(q, k, v, scaling))
-            if lengths:
-                outputs.append(attend_completions(*answer, k, v, lengths, scaling))
+        q, k, v = (take_rows(t, self.prompts) for t in (query, key, value))
+        outputs = [causal_attention(q, k, v, scaling)]
         if self.kept is not None:
-            self.kept.append([torch.stack([k, v]) for _, k, v in prompts])
-        return torch.cat(outputs, dim=2)
+            self.kept.append(torch.stack([k, v]))
+        if self.answers.numel():
+            rows = [take_rows(t, self.answers) for t in (query, key, value)]
+            outputs.append(attend_completions(*rows, k, v, self.mask, scaling))
+        slots = torch.cat([out.transpose(0, 1).flatten(1, 2) for out in outputs], dim=1)
+        return slots.index_select(1, self.places)[None]
 
 
-def attend_completions(query, key, value, prompt_key, prompt_value, lengths, scaling) -> Tensor:
-    """Completions of one prompt, each attending to the prompt and causally to itself.
+def take_rows(tensor: Tensor, tokens: Tensor) -> Tensor:
+    """(1, H, T, D) and the numbers of the tokens of R rows (R, L) -> (R, H, L, D)."""
+    return tensor[0].index_select(1, tokens.flatten()).unflatten(1, tokens.shape).transpose(0, 1)
 
-    query (1, H, sum C, D); prompt_key (1, H_kv, P, D). The completions become rows padded on the
-    right, where a causal mask hides the padding from every real token. The mask must be aligned at
-    the lower right: is_causal=True would align it at the upper left, silently wrong.
+
+def attend_completions(query, key, value, prompt_key, prompt_value, mask, scaling) -> Tensor:
+    """G completions to each of B prompts, each attending to its prompt and causally to itself.
+
+    query (B*G, H, C, D), prompt_key (B, H_kv, P, D); mask (B*G, 1, C, P + C) is needed where
+    prompts are padded. Padding behind a completion is hidden from its tokens by causality, which
+    must be aligned at the lower right: is_causal=True would align it at the upper left, silently
+    wrong.
     """
-    n_rows, longest = len(lengths), max(lengths)
-    slots = torch.arange(longest, device=query.device)
-    ends = torch.tensor(lengths, device=query.device)
-    real = slots < ends[:, None]  # (G, C)
-    index = torch.where(real, (ends.cumsum(0) - ends)[:, None] + slots, 0)
+    def after_prompt(prompts, rows):  # -> (B*G, H_kv, P + C, D)
+        rows = rows.unflatten(0, (len(prompts), -1))
+        prompts = prompts[:, None].expand(-1, rows.shape[1], -1, -1, -1)
+        return torch.cat([prompts, rows], dim=3).flatten(0, 1)
 
-    def rows(tensor):  # (1, H, sum C, D) -> (G, H, C, D)
-        return tensor[0][:, index].transpose(0, 1)
-
-    keys = torch.cat([prompt_key.expand(n_rows, -1, -1, -1), rows(key)], dim=2)
-    values = torch.cat([prompt_value.expand(n_rows, -1, -1, -1), rows(value)], dim=2)
-    mask = causal_lower_right(longest, keys.shape[2])
-    output = F.scaled_dot_product_attention(rows(query), keys, values, attn_mask=mask,
-                                            scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2)[real].transpose(0, 1)[None]  # (1, H, sum C, D)
+    keys, values = after_prompt(prompt_key, key), after_prompt(prompt_value, value)
+    if mask is None:
+        mask = causal_lower_right(query.shape[2], keys.shape[2])
+    else:  # CUDA has no fast kernel for a mask and fewer key heads than query heads
+        n_shares = query.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(n_shares, dim=1) for t in (keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling,
+                                          enable_gqa=True)
 
 
 class Policy:
@@ -931,17 +954,25 @@ class Policy:
         """autocast() gives the context of mixed precision in which the model runs."""
         self.model, self.autocast, self.chunk_tokens = model, autocast, chunk_tokens
 
-    def __call__(self, input_ids, position_ids, predictors, targets, shared=None):
-        """input_ids, position_ids (R, T); predictors (N,) index the R*T positions whose next token
-        is targets (N,). Returns log-probabilities (N,) and entropies (N,) in nats, float32.
+    def hidden(self, inputs: tuple, places: Sequence[int]) -> Tensor:
+        """Last hidden states (N, width) at places of the rows, counted through all of them.
+
+        inputs: input_ids and position_ids (R, T), and a PackedRow or None.
         """
-        options = {} if shared is None else {"shared": shared}
+        ids, positions, row = inputs
+        options = {} if row is None else {"shared": row}
+        states = self.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
+                                          **options).last_hidden_state
+        return states.flatten(0, 1)[torch.tensor(places, device=ids.device)]
+
+    def __call__(self, inputs: tuple, places: Sequence[int], targets: Sequence[int]):
+        """Log-probabilities (N,) of targets as the tokens after `places`, and entropies (N,) in
+        nats, float32."""
+        n = self.chunk_tokens
         with self.autocast():
-            hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids,
-                                              use_cache=False, **options).last_hidden_state
-            hidden = hidden.flatten(0, 1)[predictors]  # (N, width)
+            hidden = self.hidden(inputs, places)
+            targets = torch.tensor(targets, device=hidden.device)
             head = self.model.get_output_embeddings()
-            n = self.chunk_tokens
             parts = [checkpoint(token_logprobs, head, h, t, use_reentrant=False)
                      for h, t in zip(hidden.split(n), targets.split(n), strict=True)]
         logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -972,42 +1003,42 @@ def completion_logprobs(policy: Policy, blocks: Sequence[Block], packed: bool):
     Packed: one row, every prompt once. Otherwise one right-padded row a completion: the reference
     that the packed path is tested against.
     """
-    device = policy.model.device
-    if packed:
-        return policy(*packed_inputs(blocks, device))
-    rows = [(prompt, c) for prompt, completions in blocks for c in completions]
-    # Padding stands on the right, after every real token: a causal model needs no mask for it.
-    ids = pad_sequence([torch.tensor([*prompt, *c]) for prompt, c in rows], batch_first=True)
-    longest = ids.shape[1]
-    predictors, targets = [], []
-    for i, (prompt, completion) in enumerate(rows):
-        first = i * longest + len(prompt) - 1  # the last prompt token predicts the first answer's
-        predictors += range(first, first + len(completion))
-        targets += completion
-    positions = torch.arange(longest, device=device)[None]
-    chosen = (torch.tensor(numbers, device=device) for numbers in (predictors, targets))
-    return policy(ids.to(device), positions, *chosen)
+    inputs, places = (packed_inputs if packed else row_inputs)(blocks, policy.model.device)
+    targets = [token for _, completions in blocks for c in completions for token in c]
+    return policy(inputs, [place for own in places for place in own[:-1]], targets)
 
 
-def packed_inputs(blocks: Sequence[Block], device) -> tuple:
-    """Arguments of a Policy for one row [prompt, completion_1 .. completion_G] per block.
+def packed_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]:
+    """Inputs of a Policy for one row [prompt, completion_1 .. completion_G] per block; and where
+    each completion's tokens stand, behind the place of its prompt's last token.
 
     The positions of each completion go on from the end of its prompt, and the last token of the
     prompt predicts the first token of every completion.
     """
-    ids, positions, predictors, targets = [], [], [], []
+    ids, positions, places = [], [], []
     for prompt, completions in blocks:
-        last = len(ids) + len(prompt) - 1
         ids += prompt
         positions += range(len(prompt))
+        last = len(ids) - 1
         for completion in completions:
-            predictors += [last, *range(len(ids), len(ids) + len(completion) - 1)]
-            targets += completion
+            places.append([last, *range(len(ids), len(ids) + len(completion))])
             positions += range(len(prompt), len(prompt) + len(completion))
             ids += completion
-    layout = PackedRow([(len(p), [len(c) for c in cs]) for p, cs in blocks])
-    rows = ([ids], [positions], predictors, targets)
-    return *(torch.tensor(row, device=device) for row in rows), layout
+    row = PackedRow([(len(p), [len(c) for c in cs]) for p, cs in blocks], device)
+    return (torch.tensor([ids], device=device), torch.tensor([positions], device=device), row), places
+
+
+def row_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]:
+    """As packed_inputs, with one row [prompt, completion] per completion.
+
+    Padding stands on the right, after every real token: a causal model needs no mask for it.
+    """
+    rows = [(prompt, c) for prompt, completions in blocks for c in completions]
+    ids = pad_sequence([torch.tensor([*prompt, *c]) for prompt, c in rows], batch_first=True)
+    longest = ids.shape[1]
+    places = [list(range(i * longest + len(prompt) - 1, i * longest + len(prompt) + len(c)))
+              for i, (prompt, c) in enumerate(rows)]
+    return (ids.to(device), torch.arange(longest, device=device)[None], None), places
 
 
 def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequence[int]],
@@ -1053,9 +1084,9 @@ class DecodingCache:
     softmax, so this is exact attention.
     """
 
-    def __init__(self, kept: list[list[Tensor]], n_answers: int):
-        """kept: per layer and prompt, keys and values (2, 1, H_kv, P, D), as PackedRow keeps."""
-        lengths = torch.tensor([pair.shape[3] for pair in kept[0]], device=kept[0][0].device)
+    def __init__(self, kept: list[list[Tensor]], lengths: Sequence[int], n_answers: int):
+        """kept: per layer, keys and values as PackedRow keeps them, some prompts after others."""
+        lengths = torch.tensor(lengths, device=kept[0][0].device)  # (B,)
         longest = int(lengths.max())
         padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (B, P)
         self.padding = padding if padding.any() else None
@@ -1139,21 +1170,20 @@ def random_stream(seed: Sequence[int | str], n: int) -> np.ndarray:
 def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
     """Run each prompt once. Returns the logits after each (B, V), and the keys and values."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    states: list = [None] * len(prompts)  # the last hidden state of each
-    kept = [[None] * len(prompts) for _ in range(decoder.config.num_hidden_layers)]
-    for chunk in plan_passes([len(p) for p in prompts], [[0]] * len(prompts), max_tokens, True):
-        chosen = sorted(b for b, _ in chunk)
-        blocks = [(prompts[b], []) for b in chosen]
-        ids, positions, _, _, row = packed_inputs(blocks, model.device)
+    states, kept = [], [[] for _ in range(decoder.config.num_hidden_layers)]
+    ends = list(itertools.accumulate(map(len, prompts)))
+    chunks = itertools.groupby(range(len(prompts)), lambda b: ends[b] // max_tokens)
+    for _, chunk in chunks:
+        blocks = [(prompts[b], []) for b in chunk]
+        (ids, positions, row), _ = packed_inputs(blocks, model.device)
         row.kept = []
         hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False,
                          shared=row).last_hidden_state[0]  # (T, width)
-        ends = itertools.accumulate(len(prompts[b]) for b in chosen)
-        for i, (b, end) in enumerate(zip(chosen, ends, strict=True)):
-            states[b] = hidden[end - 1].clone()
-            for layer, pairs in zip(kept, row.kept, strict=True):
-                layer[b] = pairs[i]
-    return head(torch.stack(states)), kept
+        last = itertools.accumulate(len(prompt) for prompt, _ in blocks)
+        states.append(hidden[[end - 1 for end in last]])
+        for layer, pair in zip(kept, row.kept, strict=True):
+            layer.append(pair)
+    return head(torch.cat(states)), kept
 
 
 @torch.no_grad()
@@ -1172,7 +1202,7 @@ def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequ
     uniforms = torch.from_numpy(np.stack(streams))  # (R, C), float64
     uniforms = uniforms if device.type == "mps" else uniforms.to(device)
     logits, kept = prefill(model, prompts)
-    cache = DecodingCache(kept, len(seeds[0]))
+    cache = DecodingCache(kept, list(map(len, prompts)), len(seeds[0]))
     logits = logits.repeat_interleave(cache.n_answers, 0)  # (R, V)
     rows = torch.arange(len(logits), device=device)  # the answer that each slot decodes
     live = torch.ones_like(rows, dtype=torch.bool)

@@ -666,7 +666,7 @@ def test_packed_rows_that_differ_from_separate_ones_are_not_used(
         patch.setattr(grouprank, "share_prompts", run_rows)
         expected = grouprank.train(cfg, PROMPT, tmp_path / "rows").model.state_dict()
 
-    def upper_left(query, key, value, prompt_key, prompt_value, lengths, scaling):
+    def upper_left(query, key, value, prompt_key, prompt_value, mask, scaling):
         return grouprank.causal_attention(query, key, value, scaling)  # nothing of the prompt
 
     monkeypatch.setattr(grouprank, "attend_completions", upper_left)
