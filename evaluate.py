@@ -106,11 +106,12 @@ def refuse_overwrite(path, overwrite=False):
 def ndcg(ranked_grades, judged_grades, k=10):
     """NDCG@k = DCG@k / DCG@k of `judged_grades` in descending order; none relevant: 0.0.
 
-    DCG@k = sum_{i=1..k} max(grade_i, 0) / log2(i + 1)
+    DCG@k = sum_{i=1..k} max(grade_i, 0) / log2(i + 1). Each ranked grade may be an array: of G
+    rankings of the same documents, the grades (G,) at that rank.
     """
 
     def dcg(grades):
-        gains = [max(float(grade), 0.0) for grade in grades[:k]]
+        gains = [grade * (grade > 0) for grade in grades[:k]]
         return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
     ideal = dcg(sorted(map(float, judged_grades), reverse=True))
@@ -147,13 +148,16 @@ def tie_averaged(scores, values):
 
     DCG, recall and precision are linear in the values, so the measure of averaged values is exactly
     the expectation over all orders: expected NDCG = ndcg(tie_averaged(scores, gains), gains, k).
+    scores (N,), or (G, N) of G rankings of the same N documents; values (N,). Returns an array.
     """
-    pairs = sorted((-float(score), float(v)) for score, v in zip(scores, values, strict=True))
-    averaged = []
-    while len(averaged) < len(pairs):
-        tied = [value for score, value in pairs if score == pairs[len(averaged)][0]]
-        averaged += [math.fsum(tied) / len(tied)] * len(tied)
-    return averaged
+    scores = np.asarray(scores, dtype=np.float64)
+    values = np.broadcast_to(np.asarray(values, dtype=np.float64), scores.shape)
+    order = np.lexsort((values, -scores))
+    scores, values = (np.take_along_axis(rows, order, -1) for rows in (scores, values))
+    starts = np.ones(scores.shape, dtype=bool)
+    starts[..., 1:] = scores[..., 1:] != scores[..., :-1]
+    tie = starts.ravel().cumsum() - 1  # the number of each value's run
+    return (np.bincount(tie, values.ravel()) / np.bincount(tie))[tie].reshape(scores.shape)
 
 
 def as_float32(scores):

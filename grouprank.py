@@ -116,6 +116,8 @@ class Config:
     seed: int = both(0, "seed of every random stream")
     method: str = both("groupwise", "score groups, score single documents, or order windows that"
         " slide up the list", "paper Sec. 3.1", choices=("groupwise", "pointwise", "listwise"))
+    answer: str = both("reason", "reason, then score; or direct: one forward pass scores a group and"
+        " nothing is decoded", "paper Sec. 3.1: reason", choices=("reason", "direct"))
     docs_per_group: int = both(20, "documents in one prompt (c)", "paper Sec. 4: 20")
     prompt_file: str = both("", "wording: system text, a line '---', user text with {query}"
         " {documents} {n}; perhaps '---' and a document: {i} {text}", "ours: the prompt is data")
@@ -157,7 +159,8 @@ class Config:
     grpo_schedule: str = grpo("constant", "learning rate after the warm-up",
         choices=("constant", "linear", "cosine"))
     prompts_per_step: int = grpo(64, "prompts a step (B)", "paper Table 10: batch 64")
-    rollouts_per_prompt: int = grpo(8, "answers a prompt (G)", "paper Table 10: 8")
+    rollouts_per_prompt: int = grpo(0, "answers a prompt (G); 0: 8, and 64 with --answer direct,"
+        " where more cost nothing and lessen the noise", "paper Table 10: 8")
     updates_per_batch: int = grpo(1, "steps on one batch of answers", "paper Table 10: 1")
     clip_eps: float = grpo(0.2, "clip range; acts with more than one update")
     kl_coef: float = grpo(0.001, "weight of k3 KL; 0: none", "paper Table 10: 0.001")
@@ -199,7 +202,10 @@ class Config:
         may_be_zero = ("seed", "retries", "cache_gib", "eval_every", "save_every", "lora_rank",
                        "max_doc_chars", "max_tokens_per_pass", "docs_stride", "temperature",
                        "sft_warmup", "sft_lr", "grpo_warmup", "grpo_lr", "clip_eps",
-                       "relevance_level", "kl_coef")
+                       "relevance_level", "kl_coef", "rollouts_per_prompt")
+        if not self.rollouts_per_prompt:
+            n_rollouts = 64 if self.answer == "direct" else 8
+            object.__setattr__(self, "rollouts_per_prompt", n_rollouts)
         for name, value in vars(self).items():
             lowest = 0 if name in may_be_zero or name.endswith("weight") else 1e-9
             if type(value) in (int, float) and value < lowest:
@@ -214,9 +220,12 @@ class Config:
              " would skip documents"),
             (self.resume and self.overwrite,
              "--resume continues an output and --overwrite deletes it: give one"),
-            (self.rollout_endpoint and (self.stage != "grpo" or not self.lora_rank),
-             "--rollout-endpoint needs --stage grpo and LoRA: its servers serve --model itself"
-             " (OUT/sft, say) and each step's adapter"),
+            (self.rollout_endpoint and (self.stage != "grpo" or not self.lora_rank
+                                        or self.answer == "direct"),
+             "--rollout-endpoint needs --stage grpo, LoRA and answers that are decoded: its servers"
+             " serve --model itself (OUT/sft, say) and each step's adapter"),
+            ((self.method, self.answer) == ("listwise", "direct"),
+             "--answer direct scores each document: listwise, which orders them, has no such form"),
             (not part or not 1 <= int(part[1]) <= int(part[2]),
              f"--shard must be i/n with i from 1 to n, got {self.shard}"),
         ):
@@ -274,7 +283,7 @@ the same topic comes second.
 
 {UNTRUSTED}"""
 
-ASK = """\
+MATERIAL = """\
 Query:
 {query}
 
@@ -282,6 +291,8 @@ The %s:
 
 {documents}
 
+"""
+ASK = MATERIAL + """\
 Reply in exactly this form, with %s:
 <reason>
 %s
@@ -304,6 +315,13 @@ LISTWISE_USER = ASK % (
     "{n} documents", "every number from [1] to [{n}] once, the most helpful first",
     COMPARE, "[2] > [1] > ...", "numbers stand for your order")
 
+# Direct scoring reads a digit behind each document's key, so that the highest score is 9 here.
+DIRECT = MATERIAL + """\
+Reply with the %s as JSON and nothing else, in single digits: 9 is the highest score here.
+%s
+where zeros stand for your scores."""
+DIRECT_USER = DIRECT % ("{n} documents", "scores of all documents", '{"[1]":0,"[2]":0,...}')
+DIRECT_POINTWISE_USER = DIRECT % ("document", "score", '{"[1]":0}')
 
 UNSAID = "[{i}]{text}"  # how documents stand where a model's meta.json does not say
 
@@ -338,6 +356,11 @@ class Prompt:
         """The user's turn, with documents numbered from 1 and a blank line between them."""
         documents = [fill(self.document, i=str(i), text=text) for i, text in enumerate(texts, 1)]
         return fill(self.user, n=str(len(texts)), query=query, documents="\n\n".join(documents))
+
+    def branches(self, texts: Sequence[str]) -> list[str]:
+        """For direct scoring, the answer's start for each document: it once more, and its key."""
+        return [fill(self.document, i=str(i), text=text) + f' {{"[{i}]":'
+                for i, text in enumerate(texts, 1)]
 
 
 # Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
@@ -391,6 +414,13 @@ def chat_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[dict
     """The prompt as chat messages, with queries and documents defused as text."""
     query, *texts = (break_chat_tokens(defuse(text)) for text in (query, *texts))
     return as_chat(prompt.system, prompt.user_turn(query, texts))
+
+
+def branch_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[list[dict]]:
+    """For direct scoring one chat a document: the prompt, and the start of an answer."""
+    chat = chat_messages(prompt, query, texts)
+    branches = prompt.branches([break_chat_tokens(defuse(text)) for text in texts])
+    return [[*chat, {"role": "assistant", "content": branch}] for branch in branches]
 
 
 def as_chat(system: str, user: str) -> list[dict]:
@@ -449,6 +479,15 @@ class PromptEncoder:
         Each document keeps at most max_doc_tokens; when the prompt is still longer than
         max_prompt_tokens, the longest documents are cut down evenly, never the instructions.
         """
+        (ids,), n_cut = self.encode_group(prompt, query, texts, branched=False)
+        return ids, n_cut
+
+    def encode_group(self, prompt: Prompt, query: str, texts: Sequence[str],
+                     branched: bool = True) -> tuple[list[list[int]], int]:
+        """As `encode`: the prompt and, where branched, each document's branch; all of them count.
+
+        A branch is tokenised with a digit and cut before it, so that a digit is what comes next.
+        """
         before, after = self._around(prompt.system)
         # Added tokens that are not "special", such as <think>, survive split_special_tokens.
         query, *texts = (break_chat_tokens(defuse(text), self._plain_added)
@@ -456,21 +495,25 @@ class PromptEncoder:
         split = functools.partial(self.tokenizer, add_special_tokens=False,
                                   split_special_tokens=True)
 
-        def whole(texts: Sequence[str]) -> list[int]:
-            return [*before, *split(prompt.user_turn(query, texts))["input_ids"], *after]
+        def rows(texts: Sequence[str]) -> list[list[int]]:
+            branches = [branch + "0" for branch in prompt.branches(texts) if branched]
+            user, *branches = split([prompt.user_turn(query, texts), *branches])["input_ids"]
+            return [[*before, *user, *after], *(branch[:-1] for branch in branches)]
 
         documents = split(list(texts), return_offsets_mapping=True)
         lengths = list(map(len, documents["input_ids"]))
-        n_fixed = len(whole([""] * len(texts)))
+        n_fixed = sum(map(len, rows([""] * len(texts))))
         budget = self.max_prompt_tokens - n_fixed
-        while budget >= len(texts):
-            limit = min(self.max_doc_tokens, even_limit(lengths, budget))
+        n_readings = 2 if branched else 1
+        while budget >= n_readings * len(texts):
+            limit = min(self.max_doc_tokens, even_limit(lengths, budget // n_readings))
             cut = [text if length <= limit else text[: ends[limit - 1][1]] for text, length, ends
                    in zip(texts, lengths, documents["offset_mapping"], strict=True)]
-            ids = whole(cut)
-            if len(ids) <= self.max_prompt_tokens:
-                return ids, sum(max(length - limit, 0) for length in lengths)
-            budget -= len(ids) - self.max_prompt_tokens  # where parts meet, tokens may differ
+            found = rows(cut)
+            excess = sum(map(len, found)) - self.max_prompt_tokens
+            if excess <= 0:
+                return found, sum(max(length - limit, 0) for length in lengths)
+            budget -= excess  # where parts meet, tokens may differ
         raise ValueError(
             f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
             f" documents: instructions and query take {n_fixed};"
@@ -698,10 +741,12 @@ class Method(NamedTuple):
     """A way to ask for relevance: the wording, and the reader of the answers."""
     prompt: Prompt
     parse: Callable[[str, int], Answer]
+    direct: Prompt | None = None  # the wording of direct scoring
 
 
-METHODS = {"groupwise": Method(Prompt(), parse_answer),
-           "pointwise": Method(Prompt(POINTWISE_SYSTEM, POINTWISE_USER), parse_rating),
+METHODS = {"groupwise": Method(Prompt(), parse_answer, Prompt(user=DIRECT_USER)),
+           "pointwise": Method(Prompt(POINTWISE_SYSTEM, POINTWISE_USER), parse_rating,
+                               Prompt(POINTWISE_SYSTEM, DIRECT_POINTWISE_USER)),
            "listwise": Method(Prompt(LISTWISE_SYSTEM, LISTWISE_USER), parse_permutation)}
 
 
@@ -757,24 +802,31 @@ class Reward:
     alignment: float = 0.0  # 1 - JS
 
 
-def score_completion(text: str, gold: Sequence[float], *, k: int = 10, relevance_level: float = 5,
-                     **weights: float) -> Reward:
-    """Parse a completion and reward it against the gold scores of its documents (Eq. 4-6).
+def reward_scores(rows: Sequence[Sequence[float]], gold: Sequence[float], *, k: int = 10,
+                  relevance_level: float = 5, **weights: float) -> list[Reward]:
+    """Rewards of G score vectors (G, K) against the gold scores (K,) of their documents (Eq. 5, 6).
 
     weights: those of group_reward.
     """
+    relevant = [float(g >= relevance_level) for g in gold]
+    ranked = evaluate.tie_averaged(rows, gold)  # (G, K): expected gold score at each rank
+    ndcgs = evaluate.ndcg(ranked.T, gold, k) + np.zeros(len(rows))
+    hits = evaluate.tie_averaged(rows, relevant)[:, :k].sum(1)
+    recalls, rewards = hits / max(sum(relevant), 1), []
+    for scores, ndcg, recall in zip(rows, ndcgs.tolist(), recalls.tolist(), strict=True):
+        js = js_divergence(score_distribution(scores), score_distribution(gold))
+        total = group_reward(ndcg, recall, js, **weights)
+        assert math.isfinite(total), f"reward {total} for {scores} against {gold}"
+        rewards.append(Reward(total, "ok", ndcg, recall, 1 - js))
+    return rewards
+
+
+def score_completion(text: str, gold: Sequence[float], **options: float) -> Reward:
+    """Parse a completion and reward it (Eq. 4); options are those of reward_scores."""
     answer = parse_answer(text, len(gold))
     if answer.status != "ok":
         return Reward(format_reward(answer.status != TAG_FAULT, False, 0.0), answer.status)
-    ranked = evaluate.tie_averaged(answer.scores, gold)  # expected gold score at each rank
-    relevant = [float(g >= relevance_level) for g in gold]
-    ndcg = evaluate.ndcg(ranked, gold, k)
-    hits = sum(evaluate.tie_averaged(answer.scores, relevant)[:k])
-    recall = hits / sum(relevant) if any(relevant) else 0.0
-    js = js_divergence(score_distribution(answer.scores), score_distribution(gold))
-    total = group_reward(ndcg, recall, js, **weights)
-    assert math.isfinite(total), f"reward {total} for {answer.scores} against {gold}"
-    return Reward(total, "ok", ndcg, recall, 1 - js)
+    return reward_scores([answer.scores], gold, **options)[0]
 
 
 # --- GRPO (Sec. 3.3, Eq. 7) -----------------------------------------------------------------------
@@ -1149,8 +1201,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     if temperature == 0:
         return logits.argmax(-1)
     device = logits.device
-    if device.type == "mps":  # it has no float64
-        logits, uniforms = logits.cpu(), uniforms.cpu()
+    logits = logits.cpu() if device.type == "mps" else logits  # it has no float64
+    uniforms = uniforms.to(logits.device)
     probs = (logits.float() / temperature).softmax(-1).double()
     if top_p < 1:
         probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
@@ -1259,6 +1311,8 @@ class Item(NamedTuple):
     prompt: list[int]
     gold: tuple[float, ...] | None  # a score a document, what GRPO learns from
     response: list[int] | None  # what SFT learns from, with the end token, trained like any other
+    branches: Sequence[list[int]] = ()  # of direct scoring, one a document
+    labels: tuple[float, ...] | None = None  # what direct SFT learns from
 
 
 class Sampled(NamedTuple):
@@ -1272,6 +1326,7 @@ class Step(NamedTuple):
     sums: Counter  # over this process's share: to be added up over all processes
     numbers: dict[str, float]  # the same on every process
     samples: Sequence[tuple[str, list[int], Reward]] = ()  # row id, answer and its reward
+    rewards: Sequence[Sequence[Reward]] = ()  # of this process's share of a direct step
 
 
 def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], lr: float,
@@ -1334,7 +1389,7 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
         grad_norm, moved = optimizer.step(lr)
 
     numbers |= {"grad_norm": grad_norm, "skipped": int(not moved)}
-    numbers |= rollout_numbers(rewards, answers, end_ids)
+    numbers |= reward_numbers(rewards) | answer_numbers(answers, end_ids)
     samples = [(item.id, row[0].ids, r[0])
                for item, row, r in zip(items, answers, rewards, strict=True)]
     return Step(sums, numbers, samples[:2])
@@ -1344,14 +1399,16 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
 class Pass:
     """One forward and backward pass of a GRPO step, with what later updates of the batch reuse.
 
-    All tensors hold one number a completion token, (N,).
+    All tensors hold one number a completion token, (N,); of direct scoring one a document and
+    rollout, (N, G).
     """
-    blocks: list[Block]
-    advantages: Tensor
-    weights: Tensor  # 1 / (sequences in the step * tokens in the sequence)
+    blocks: Sequence[Block]
+    advantages: Tensor | None = None
+    weights: Tensor | None = None  # 1 / (sequences in the step * tokens in the sequence)
     sampler_logp: Tensor | None = None  # what a server said; NaN where it said nothing
     old_logp: Tensor | None = None  # under the policy that sampled; set by the first update
     ref_logp: Tensor | None = None
+    digits: Tensor | None = None  # what direct scoring sampled
 
 
 def build_passes(items: Sequence[Item], answers: Sequence[Sequence[Sampled]],
@@ -1381,41 +1438,180 @@ def grpo_pass(policy: Policy, reference, optimizer, part: Pass, cfg: Config) -> 
     if reference is not None and part.ref_logp is None:
         part.ref_logp = reference(part.blocks)
     logp, entropy = completion_logprobs(policy, part.blocks, shares_prompts(policy.model))
-    sums = {"tokens": len(logp), "entropy": entropy.sum().item(), "kl": 0.0}
+    sums = {"entropy": entropy.sum().item()}
+    if part.old_logp is None and part.sampler_logp is not None:
+        # By a server, which never agrees exactly.
+        gaps = (logp.detach() - part.sampler_logp).abs()
+        part.old_logp = part.sampler_logp.where(~gaps.isnan(), logp.detach())
+        sums |= {"told": (~gaps.isnan()).sum().item(), "mismatch": gaps.nansum().item()}
+    return sums | descend(optimizer, part, logp, cfg)
+
+
+def descend(optimizer, part: Pass, logp: Tensor, cfg: Config) -> dict:
+    """Backward of Eq. 7 over one pass. Returns sums over its tokens."""
     if part.old_logp is None:
         # Where we sampled ourselves and update once, the ratio is exactly 1: log-probabilities
         # that were computed again would add noise.
         part.old_logp = logp.detach()
-        if part.sampler_logp is not None:  # by a server, which never agrees exactly
-            gaps = (part.old_logp - part.sampler_logp).abs()
-            part.old_logp = part.sampler_logp.where(~gaps.isnan(), part.old_logp)
-            sums |= {"told": (~gaps.isnan()).sum().item(), "mismatch": gaps.nansum().item()}
     loss = grpo_loss(logp, part.old_logp, part.ref_logp, part.advantages, part.weights,
                      clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef)
     optimizer.backward(loss)
     with torch.no_grad():
-        if part.ref_logp is not None:
-            sums["kl"] = k3_divergence(logp, part.ref_logp).sum().item()
+        kl = 0.0 if part.ref_logp is None else k3_divergence(logp, part.ref_logp).sum().item()
         ratio, rising = torch.exp(logp - part.old_logp), part.advantages > 0
         acts = torch.where(rising, ratio > 1 + cfg.clip_eps, ratio < 1 - cfg.clip_eps)
         acts &= part.advantages != 0  # where the clip acts, the surrogate has no gradient
-        return sums | {"loss": loss.item(), "clip_share": acts.sum().item()}
+        return {"tokens": logp.numel(), "kl": kl, "loss": loss.item(),
+                "clip_share": acts.sum().item()}
 
 
-def rollout_numbers(rewards: Sequence[Sequence[Reward]],
-                    answers: Sequence[Sequence[Sampled]], end_ids: Sequence[int]) -> dict:
+def reward_numbers(rewards: Sequence[Sequence[Reward]]) -> dict:
     """Means over all rollouts of a batch, for the log."""
     flat = [reward for row in rewards for reward in row]
-    ids = [answer.ids for row in answers for answer in row]
     totals = np.array([[r.total for r in row] for row in rewards])  # (B, G)
     parts = {f"reward/{name}": [getattr(r, name) for r in flat]
              for name in ("ndcg", "recall", "alignment")}
     columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
-               "completion_tokens": [len(a) for a in ids],
-               "truncated": [a[-1] not in end_ids for a in ids],
                "zero_spread": np.ptp(totals, axis=1) < 1e-8}
-    means = {name: float(np.mean(values)) for name, values in columns.items()}
-    return means | {"n_tokens": sum(map(len, ids))}
+    return {name: float(np.mean(values)) for name, values in columns.items()}
+
+
+def answer_numbers(answers: Sequence[Sequence[Sampled]], end_ids: Sequence[int]) -> dict:
+    """Lengths of the answers of a batch, for the log."""
+    ids = [answer.ids for row in answers for answer in row]
+    return {"completion_tokens": float(np.mean([len(a) for a in ids])),
+            "truncated": float(np.mean([a[-1] not in end_ids for a in ids])),
+            "n_tokens": sum(map(len, ids))}
+
+
+# --- Direct scoring: all documents of a group in one forward pass, nothing decoded ----------------
+#
+# The row is [prompt, branch_1 .. branch_K], packed as completions are. Branch k is document k once
+# more and its key, [k] <document k> {"[k]":, so that each document is read again by a model that
+# has seen the query and all rivals; its last position predicts one digit. A branch of the key alone
+# must first learn to find its document, and learns far less.
+
+
+def digit_ids(tokenizer) -> list[int]:
+    """The ten tokens that stand for 0 .. 9 behind a document's key."""
+    keys = [f'{{"[1]":{digit}' for digit in range(10)]
+    rows = tokenizer(keys, add_special_tokens=False)["input_ids"]
+    words = [tokenizer.decode([row[-1]]).strip() for row in rows]
+    if words != list("0123456789") or any(row[:-1] != rows[0][:-1] for row in rows):
+        raise ValueError("--answer direct reads one digit a document, and this model's tokenizer"
+                         f" does not write every digit as one token: {words}")
+    return [row[-1] for row in rows]
+
+
+def digit_logprobs(policy: Policy, blocks: Sequence[Block], digits: Sequence[int]) -> Tensor:
+    """Log-probabilities (N, 10) of the ten digits behind each of N branches, among these ten."""
+    packed = shares_prompts(policy.model)
+    inputs, places = (packed_inputs if packed else row_inputs)(blocks, policy.model.device)
+    with policy.autocast():
+        hidden = policy.hidden(inputs, [own[-1] for own in places])
+        head = policy.model.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[digits]
+        logits = F.linear(hidden, head.weight[digits], bias)
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def expected_scores(digit_logp: Tensor) -> Tensor:
+    """(N, 10) -> (N,): 10/9 times the expected digit, from 0 to 10. It hardly ever ties."""
+    return digit_logp.exp() @ torch.arange(10.0).to(digit_logp) * 10 / 9
+
+
+def digit_targets(scores: Tensor) -> Tensor:
+    """Scores 0 .. 10 (N,) as soft targets (N, 10): 0.9 g, split linearly between its neighbours.
+
+    5 becomes 4.5, half on the digit 4 and half on 5, so that the expected score is 5 again.
+    """
+    return (1 - (0.9 * scores[:, None] - torch.arange(10.0).to(scores)).abs()).clamp(min=0)
+
+
+def direct_passes(items: Sequence[Item], share: Callable, model,
+                  max_tokens: int) -> list[list[int]]:
+    """This process's rows of a batch in passes; the branches of a row are never split."""
+    n_prompts = [1 if shares_prompts(model) else len(item.branches) for item in items]
+    sizes = [n * len(item.prompt) + sum(map(len, item.branches))
+             for n, item in zip(n_prompts, items, strict=True)]
+    mine = set(share(sizes))
+    whole = [[size] if b in mine else [] for b, size in enumerate(sizes)]
+    passes = plan_passes([0] * len(items), whole, max_tokens, packed=True)
+    return [[b for b, _ in chunk] for chunk in passes]
+
+
+def direct_sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], lr: float,
+                    digits: Sequence[int], max_tokens_per_pass: int) -> Step:
+    """One supervised step: cross-entropy of digits and labels, the mean over all documents.
+
+    As in sft_step, no split into passes can change the gradient.
+    """
+    n_docs, sums = sum(len(item.branches) for item in items), Counter(loss=0.0)
+    policy.model.train()  # gradient checkpointing works in this mode alone
+    for chosen in direct_passes(items, share, policy.model, max_tokens_per_pass):
+        part = [items[b] for b in chosen]
+        logp = digit_logprobs(policy, [(i.prompt, i.branches) for i in part], digits)  # (N, 10)
+        targets = digit_targets(torch.tensor([g for item in part for g in item.labels]).to(logp))
+        loss = -(targets * logp).sum() / n_docs
+        optimizer.backward(loss)
+        sums.update(loss=loss.item())
+    return Step(sums, step_numbers(items, optimizer, lr))
+
+
+def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, share: Callable,
+                     items: Sequence[Item], seeds, lr: float, digits: Sequence[int],
+                     cfg: Config) -> Step:
+    """One step of GRPO, Eq. 7, with free rollouts: one forward and backward pass whatever G is.
+
+    The policy is a product of ten-way distributions, one a document. reward(rows, gold) is Eq. 5
+    of G score vectors, whose format is always right; reference(blocks) gives (N, 10) for N documents, or is None; all
+    else is as in grpo_step.
+    """
+    chunks = direct_passes(items, share, policy.model, cfg.max_tokens_per_pass)
+    passes = [Pass([(items[b].prompt, items[b].branches) for b in chunk]) for chunk in chunks]
+    policy.model.train()  # gradient checkpointing works in this mode alone
+    rewards = []
+    for update in range(cfg.updates_per_batch):
+        sums: Counter = Counter(loss=0.0)
+        for part, chunk in zip(passes, chunks, strict=True):
+            digit_logp = digit_logprobs(policy, part.blocks, digits)  # (N, 10), N documents
+            if update == 0:
+                groups = [(items[b].gold, seeds[b]) for b in chunk]
+                rewards += draw_scores(part, digit_logp.detach(), groups, reward, len(items))
+                if reference is not None:
+                    part.ref_logp = reference(part.blocks).gather(1, part.digits)
+            sums.update(descend(optimizer, part, digit_logp.gather(1, part.digits), cfg))
+        numbers = step_numbers(items, optimizer, lr)
+    return Step(sums, numbers, rewards=rewards)
+
+
+def draw_scores(part: Pass, digit_logp: Tensor, groups: Sequence[tuple], reward: Callable,
+                n_prompts: int) -> list[list[Reward]]:
+    """Draw G score vectors for each group of a pass, and reward and compare them.
+
+    digit_logp (N, 10); groups: gold scores and the names of G random streams. Digits tie often, and
+    ties earn their expected reward; the expected digits, which rank in the end, hardly ever tie.
+    """
+    rewards, rows = [], []  # (B, G) and, for each group, three (K, G)
+    for own, (gold, seeds) in zip(digit_logp.split([len(gold) for gold, _ in groups]), groups,
+                                  strict=True):
+        uniforms = np.stack([random_stream(seed, len(gold)) for seed in seeds], axis=1)  # (K, G)
+        digits = sample_tokens(own.repeat_interleave(len(seeds), 0),
+                               torch.from_numpy(uniforms).flatten(), 1.0, 1.0)
+        digits = digits.view(uniforms.shape)
+        rewards.append(reward((digits.T * (10 / 9)).tolist(), gold))
+        advantages = relative_advantages([[r.total for r in rewards[-1]]])
+        rows.append((digits, torch.from_numpy(advantages).to(own).expand(uniforms.shape),
+                     torch.full(uniforms.shape, 1 / (n_prompts * uniforms.size)).to(own)))
+    part.digits, part.advantages, part.weights = map(torch.cat, zip(*rows, strict=True))
+    return rewards
+
+
+def step_numbers(items: Sequence[Item], optimizer, lr: float) -> dict:
+    """Move the weights; what a step of direct scoring says about it."""
+    grad_norm, moved = optimizer.step(lr)
+    return {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
+            "n_tokens": sum(len(branch) for item in items for branch in item.branches)}
 
 
 # --- Rerank (Eq. 1, Sec. 4.5) ---------------------------------------------------------------------
@@ -1516,6 +1712,8 @@ class Completion:
     error: str = ""
     hopeless: bool = False  # an error that the same prompt would meet again
     sampled: tuple[Sampled, ...] = ()  # several answers in tokens, instead of one in text
+    scores: Sequence[float | None] | None = None  # of direct scoring, instead of a text
+    missing: float = 0.0  # the probability that a server's answer gave to no digit
 
 
 @dataclass
@@ -1524,14 +1722,14 @@ class Group:
     query: Candidates
     docs: list[int]  # positions in the query's first-stage list, in the order of the prompt
     seed: tuple[int | str, ...]
-    scores: list[int | None]
+    scores: list[float | None]
     reason: str = ""
 
 
 class Ranking(NamedTuple):
     """The reranked list of one query."""
     order: list[int]  # positions in the first-stage list, best first
-    votes: list[list[int]]  # scores that each position got, one a group or window that holds it
+    votes: list[list[float]]  # scores that each position got, one a group or window that holds it
     means: list[float | None]  # their mean (listwise: the place) on 0-10, None where there was none
     finals: list[float | None]  # fused score of each position
     reasons: list[tuple[list[int], str]]  # documents of each group and the model's reason
@@ -1579,13 +1777,18 @@ def count_answer(completion: Completion, method: Method, n_docs: int, counts: Co
         counts["errors"] += 1
         counts[f"error: {completion.error[:200]}"] += 1
         return Answer(None, TAG_FAULT)
-    text = completion.text
-    end = text.translate(_ASCII).lower().rstrip("` \n")
-    if completion.truncated and not end.endswith(("}", "</answer>")):
-        text = ""  # it had not finished: what stands there is a part or a draft of an answer
-    answer = method.parse(text, n_docs)
-    counts[answer.status] += 1
-    counts["truncated"] += completion.truncated
+    if completion.scores is not None:
+        counts["direct"] += 1
+        counts["missing"] += completion.missing
+        answer = Answer(list(completion.scores), "ok")
+    else:
+        text = completion.text
+        end = text.translate(_ASCII).lower().rstrip("` \n")
+        if completion.truncated and not end.endswith(("}", "</answer>")):
+            text = ""  # it had not finished: what stands there is a part or a draft of an answer
+        answer = method.parse(text, n_docs)
+        counts[answer.status] += 1
+        counts["truncated"] += completion.truncated
     if not any(score is not None for score in answer.scores or ()):
         counts[f"unread: {visible(completion.text).strip()[:100]}"] += 1
     return answer
@@ -1639,7 +1842,7 @@ def fuse_ranking(query: Candidates, groups: Sequence[Group], cfg: Config,
     `places`, the order that windows led to, counts instead of the mean: 10 for the first, 10 / N
     for the last of N. A document that no usable group or window held has no score.
     """
-    votes: list[list[int]] = [[] for _ in query.ids]
+    votes: list[list[float]] = [[] for _ in query.ids]
     for group in groups:
         for position, score in zip(group.docs, group.scores, strict=True):
             if score is not None:
@@ -1799,6 +2002,11 @@ def share_prompts(model) -> bool:
     return able
 
 
+def default_pass(machine: Machine) -> int:
+    """Tokens of a pass where nothing is said; on a CPU memory that lacks is a killed process."""
+    return 32768 if machine.device.type == "cuda" else 4096
+
+
 def spare_threads(model) -> None:
     """One compute thread for a tiny model on a CPU: more would wait for each other, not work."""
     on_cpu = isinstance(model, nn.Module) and model.device.type == "cpu"  # else a server's name
@@ -1933,8 +2141,9 @@ def recompute_activations(model) -> None:
     (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def make_reference(policy: Policy, machine: Machine) -> Callable:
-    """blocks -> (N,) log-probabilities under the model that the KL term pulls towards.
+def make_reference(policy: Policy, machine: Machine, digits: Sequence[int] = ()) -> Callable:
+    """blocks -> (N,) log-probabilities under the model that the KL term pulls towards; with digits,
+    as direct scoring has them, (N, 10).
 
     With LoRA it is the policy without its adapters; else a frozen copy is kept.
     """
@@ -1949,6 +2158,8 @@ def make_reference(policy: Policy, machine: Machine) -> Callable:
     @torch.no_grad()
     def reference(blocks: Sequence[Block]) -> Tensor:
         with lora_disabled(policy.model):
+            if digits:
+                return digit_logprobs(frozen, blocks, digits)
             return completion_logprobs(frozen, blocks, shares_prompts(policy.model))[0]
 
     return reference
@@ -2067,20 +2278,31 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
     items, counts = [], Counter()
     for row in tqdm(rows, desc="tokenise", disable=not sys.stderr.isatty(), leave=False):
         try:
-            ids, n_cut = encoder.encode(prompt, row.query, [
-                trim_document(text, cfg.max_doc_chars, cfg.fold_lines) for text in row.texts])
+            (ids, *branches), n_cut = encoder.encode_group(prompt, row.query, [
+                trim_document(text, cfg.max_doc_chars, cfg.fold_lines) for text in row.texts],
+                branched=cfg.answer == "direct")
         except ValueError as error:
             raise ValueError(f"row {row.id!r}: {error}") from None
-        response = None
-        if row.response is not None:
+        response, labels = None, row.scores
+        if row.response is not None and cfg.answer == "direct":
+            read = METHODS[cfg.method].parse(row.response, len(row.texts))
+            labels = read.scores if labels is None and read.complete else labels
+        elif row.response is not None:
             # A teacher may quote a document: the one special token is the end that we put there.
             response = encoder.tokenizer(row.response, add_special_tokens=False,
                                          split_special_tokens=True)["input_ids"]
             response = [*response, encoder.tokenizer.eos_token_id]
         too_long = response is not None and len(response) > cfg.max_new_tokens
         counts.update({"shortened": n_cut > 0, "cut": n_cut, "response too long": too_long})
-        items.append(Item(row.id, ids, row.scores, None if too_long else response))
+        items.append(Item(row.id, ids, row.scores, None if too_long else response, branches,
+                          labels))
     return items, counts
+
+
+def default_prompt(cfg: Config) -> Prompt:
+    """Our own wording of a method and of what it answers."""
+    method = METHODS[cfg.method]
+    return method.direct if cfg.answer == "direct" else method.prompt
 
 
 def read_prompt(path: str) -> Prompt:
@@ -2346,8 +2568,10 @@ class LocalModel:
         listed = model.generation_config.eos_token_id
         listed = listed if isinstance(listed, list) else [listed]
         self.end_ids = sorted({tokenizer.eos_token_id, *listed} - {None})  # all that end an answer
+        self.digits = digit_ids(tokenizer) if cfg.answer == "direct" else ()
         context = getattr(model.get_decoder().config, "max_position_embeddings", None) or math.inf
-        room = min(cfg.max_prompt_tokens, context - cfg.max_new_tokens)
+        n_decoded = 0 if self.digits else cfg.max_new_tokens
+        room = min(cfg.max_prompt_tokens, context - n_decoded)
         if room <= 0:
             raise ValueError(f"the model's context of {context} tokens has no room for"
                              f" --max-new-tokens {cfg.max_new_tokens}; lower it")
@@ -2373,52 +2597,85 @@ class LocalModel:
         size = 2 if self.machine.dtype != torch.float32 else self.model.dtype.itemsize
         return int(gib * 2**30 / (2 * config.num_hidden_layers * n_heads * width * size))
 
-    def sample(self, prompts: Sequence[list[int]], seeds, temperature: float = 1.0,
-               top_p: float = 1.0) -> list[list[list[int]]]:
-        """Answers to prompts, longest first, in waves that fit the cache.
+    def in_waves(self, waves: list[list[int]], work: Callable) -> dict:
+        """{item: result} of work(wave) -> results, wave by wave.
 
-        A wave without memory is decoded in halves; a prompt that does not fit alone gets none.
+        A wave without memory is done in halves; an item that does not fit alone has no result.
         """
         self.model.eval()
-        answers: list[list[list[int]]] = [[] for _ in prompts]
+        found: dict = {}
+        while waves:
+            wave = waves.pop(0)
+            try:
+                with self.machine.autocast():
+                    found |= zip(wave, work(wave), strict=True)
+            except torch.OutOfMemoryError:
+                print_once("note: out of memory, which costs time and may cost answers: lower"
+                           " --cache-gib (decoding) or --max-prompt-tokens")
+                half = len(wave) // 2
+                waves[:0] = [wave[:half], wave[half:]] if half else []
+        return found
+
+    def sample(self, prompts: Sequence[list[int]], seeds, temperature: float = 1.0,
+               top_p: float = 1.0) -> list[list[list[int]]]:
+        """Answers to prompts, longest first, in waves that fit the cache."""
         shares, n_answers = shares_prompts(self.model), len(seeds[0]) if seeds else 0
         waves = plan_waves([len(p) for p in prompts], n_answers, self.cfg.max_new_tokens,
                            self.cache_tokens(), shares)
         progress = DecodingProgress(len(prompts) * n_answers)
         decode = functools.partial(sample_answers if shares else generate_answers, tick=progress)
-        while waves:
-            wave, rows = waves.pop(0), ()
-            try:
-                with self.machine.autocast():
-                    rows = decode(self.model, [prompts[b] for b in wave], [seeds[b] for b in wave],
-                                  max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
-                                  temperature=temperature, top_p=top_p)
-            except torch.OutOfMemoryError:
-                print_once("note: out of memory while decoding, which costs time and may cost"
-                           " answers: lower --cache-gib")
-                half = len(wave) // 2
-                waves[:0] = [wave[:half], wave[half:]] if half else []
-            for b, row in zip(wave, rows, strict=False):
-                answers[b] = row
+
+        def work(wave: list[int]) -> list[list[list[int]]]:
+            rows = decode(self.model, [prompts[b] for b in wave], [seeds[b] for b in wave],
+                          max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
+                          temperature=temperature, top_p=top_p)
             progress.n_before += len(rows) * n_answers
+            return rows
+
+        found = self.in_waves(waves, work)
         progress.bar.close()
-        return answers
+        return [found.get(b, []) for b in range(len(prompts))]
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[Block]) -> list[list[float]]:
+        """Direct scores of the branches of each prompt; none where one does not fit."""
+        policy, n_tokens = Policy(self.model, self.machine.autocast), default_pass(self.machine)
+        items = [Item("", prompt, None, None, branches) for prompt, branches in groups]
+        waves = direct_passes(items, lambda sizes: range(len(sizes)), self.model, n_tokens)
+        bar = tqdm(total=len(groups), desc="groups", disable=None, leave=False)
+
+        def work(wave: list[int]) -> list[list[float]]:
+            blocks = [groups[b] for b in wave]
+            scores = expected_scores(digit_logprobs(policy, blocks, self.digits))
+            bar.update(len(wave))
+            return [own.tolist() for own in scores.split([len(b) for _, b in blocks])]
+
+        found = self.in_waves(waves, work)
+        bar.close()
+        return [found.get(b, []) for b in range(len(groups))]
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats."""
-        prompts, answers = {}, {}
+        groups, answers = {}, {}
         for i, chat in enumerate(chats):
             try:
-                prompts[i] = self.encoder.encode(chat.prompt, chat.query, chat.texts)[0]
+                groups[i], _ = self.encoder.encode_group(chat.prompt, chat.query, chat.texts,
+                                                         branched=bool(self.digits))
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
-        found = self.sample(list(prompts.values()), [[chats[i].seed] for i in prompts],
-                            temperature, top_p)
-        for i, rows in zip(prompts, found, strict=True):
+        if self.digits:
+            found = self.score([(prompt, branches) for prompt, *branches in groups.values()])
+        else:
+            found = self.sample([prompt for prompt, in groups.values()],
+                                [[chats[i].seed] for i in groups], temperature, top_p)
+        for (i, group), rows in zip(groups.items(), found, strict=True):
+            n_tokens = sum(map(len, group))
             answers[i] = Completion("", error="out of memory", hopeless=True)
-            if rows:
+            if rows and self.digits:
+                answers[i] = Completion("", prompt_tokens=n_tokens, scores=rows)
+            elif rows:
                 cut = rows[0][-1] not in self.end_ids
-                answers[i] = Completion(self.text(rows[0]), cut, len(prompts[i]), len(rows[0]))
+                answers[i] = Completion(self.text(rows[0]), cut, n_tokens, len(rows[0]))
         return [answers[i] for i in range(len(chats))]
 
 
@@ -2477,12 +2734,36 @@ class Endpoint:
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
         n_letters = 4 * self.cfg.max_doc_tokens  # of a document: the server tokenises, not we
+        cut = [[text[:n_letters] for text in chat.texts] for chat in chats]
+        if self.cfg.answer == "direct":
+            return self.score(chats, cut)
         return self.ask_all([
             {"model": self.model, "temperature": temperature, "top_p": top_p,
-             "messages": chat_messages(chat.prompt, chat.query,
-                                       [text[:n_letters] for text in chat.texts]),
+             "messages": chat_messages(chat.prompt, chat.query, texts),
              "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
-            for chat in chats])
+            for chat, texts in zip(chats, cut, strict=True)])
+
+    def score(self, chats: Sequence[Chat], texts: Sequence[Sequence[str]]) -> list[Completion]:
+        """Direct scores: one token a document, whose probabilities are read.
+
+        The requests of a group follow one another, so that the server's prefix cache pays.
+        """
+        found = iter(self.ask_all([
+            {"model": self.model, "messages": messages, "max_tokens": 1, "temperature": 1.0,
+             "logprobs": True, "top_logprobs": 20, "add_generation_prompt": False,
+             "continue_final_message": True, "seed": seed_of_request(chat.seed)}
+            for chat, own in zip(chats, texts, strict=True)
+            for messages in branch_messages(chat.prompt, chat.query, own)]))
+        answers = []
+        for own in texts:
+            group = list(itertools.islice(found, len(own)))
+            told = [one.scores for one in group if one.scores]  # one score each, or none in time
+            answers.append(Completion(
+                group[0].text, False, sum(one.prompt_tokens for one in group), len(told),
+                "" if told else group[0].error, hopeless=True,
+                scores=[one.scores[0] if one.scores else None for one in group],
+                missing=sum(one.missing for one in group) / len(group)))
+        return answers
 
     def ask_all(self, bodies: Sequence[dict]) -> list[Completion]:
         """Send all requests, `concurrency` at a time; results are in their order."""
@@ -2601,6 +2882,12 @@ class Endpoint:
     def read(self, answer: dict, body: dict) -> Completion:
         """What the JSON of an answer says. Raises where it is not of the form that it should be."""
         choice, usage = answer["choices"][0], answer.get("usage") or {}
+        n_prompt, n_answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if "top_logprobs" in body:
+            told = choice["logprobs"]["content"][0]["top_logprobs"]
+            score, missing = read_digit([(one["token"], one["logprob"]) for one in told])
+            return Completion(repr([one["token"] for one in told]), False, int(n_prompt or 0),
+                              int(n_answer or 0), scores=(score,), missing=missing)
         message = choice["message"]
         text = message.get("content") or ""
         if isinstance(text, list):  # of parts
@@ -2615,9 +2902,21 @@ class Endpoint:
                 return Completion("", error="the server puts the text into reasoning_content, and"
                                             " no answer stands there")
             text = thought
-        n_prompt, n_answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
         truncated = choice.get("finish_reason") == "length"
         return Completion(text, truncated, int(n_prompt or 0), int(n_answer or 0))
+
+
+def read_digit(told: Sequence[tuple[str, float]]) -> tuple[float | None, float]:
+    """(10/9 times the expected digit or None, the probability of no digit) of (token, logp) pairs.
+
+    Of a digit with and without a space both count.
+    """
+    mass = np.zeros(10)
+    for token, logp in told:
+        if re.fullmatch("[0-9]", token.strip()):
+            mass[int(token)] += math.exp(logp)
+    total = float(mass.sum())
+    return (float(mass @ np.arange(10)) / total * 10 / 9 if total else None), 1 - total
 
 
 class RolloutServers(Endpoint):
@@ -2714,7 +3013,7 @@ class RolloutServers(Endpoint):
 # --- A training run -------------------------------------------------------------------------------
 
 # Settings that a model brings with it: --rerank takes them from meta.json unless they are given.
-LIMITS = ("method", "docs_per_group", "max_doc_tokens", "max_doc_chars", "fold_lines",
+LIMITS = ("method", "answer", "docs_per_group", "max_doc_tokens", "max_doc_chars", "fold_lines",
           "max_prompt_tokens", "max_new_tokens")
 MOST_SKIPPED = 10  # optimizer steps in a row without an update before a run stops
 
@@ -2757,9 +3056,16 @@ class Run:
 
     def reward(self, ids: Sequence[int], gold: Sequence[float]) -> Reward:
         """The reward of an answer (Eq. 4-6)."""
-        weights = {name: getattr(self.cfg, name) for name in (
+        return score_completion(self.local.text(ids, special=True), gold, **self.weights())
+
+    def reward_rows(self, rows: Sequence[Sequence[float]], gold: Sequence[float]) -> list[Reward]:
+        """The rewards of direct scores (Eq. 5)."""
+        return reward_scores(rows, gold, **self.weights())
+
+    def weights(self) -> dict:
+        """What the options say about the reward."""
+        return {name: getattr(self.cfg, name) for name in (
             "relevance_level", "ndcg_weight", "recall_weight", "align_weight")}
-        return score_completion(self.local.text(ids, special=True), gold, **weights)
 
     def save(self, name: str, stage: str, numbers: dict | None = None) -> None:
         """Write the model into OUT/name, or OUT itself, with all that --rerank asks it with."""
@@ -2835,30 +3141,37 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
     Tries the largest pass that the stage can meet, with all that a step holds, and keeps nothing of
     it: what would fail after hours fails in the first minute.
     """
-    sft, length = n_answers == 1, run.cfg.max_new_tokens
-    longest = max(items, key=lambda item: len(item.prompt) + (len(item.response) if sft else 0))
+    sft, length, digits = n_answers == 1, run.cfg.max_new_tokens, run.local.digits
+    longest = max(items, key=lambda item: len(item.prompt) + sum(map(len, item.branches))
+                  + len(item.response or () if sft else ()))
     prompt = longest.prompt
-    answer = longest.response if sft else (prompt * length)[:length]
+    answers = longest.branches or [longest.response if sft else (prompt * length)[:length]]
+    smallest = len(prompt) + sum(map(len, answers))
     n_tokens = run.cfg.max_tokens_per_pass
     run.model.train()  # gradient checkpointing works in this mode alone
     while True:
-        n_fitting = max((n_tokens - len(prompt)) // len(answer), 1)
-        block = (prompt, [answer] * min(n_answers, n_fitting))
-        size = len(prompt) + len(answer) * len(block[1])
+        n_fitting = max((n_tokens - len(prompt)) // len(answers[0]), 1)
+        block = (prompt, answers if digits else answers * min(n_answers, n_fitting))
+        size = len(prompt) + sum(map(len, block[1]))
         blocks = [block] * max(n_tokens // size, 1)
         zeros = torch.zeros(len(blocks) * (size - len(prompt)), device=run.model.device)
         moments = []
         try:
             moments += [torch.zeros_like(w) for w in optimizer.weights.values() for _ in range(2)]
-            grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
+            if not digits:
+                grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
+            else:
+                held = reference and reference(blocks)  # noqa: F841
+                optimizer.backward(0 * digit_logprobs(run.policy, blocks, digits).sum())
             return n_tokens
         except torch.OutOfMemoryError:
-            if n_tokens <= len(prompt) + len(answer):
+            if n_tokens <= smallest:
+                behind = "its branches" if digits else "one answer"
                 raise ValueError(
-                    f"one prompt of {len(prompt)} tokens with one answer of {len(answer)} does not"
-                    " fit into the device's memory: lower --max-prompt-tokens, --max-new-tokens or"
-                    " --docs-per-group, use LoRA, --grad-checkpointing on, or a larger device"
-                ) from None
+                    f"one prompt of {len(prompt)} tokens with {behind} of {smallest - len(prompt)}"
+                    " does not fit into the device's memory: lower --max-prompt-tokens,"
+                    " --max-new-tokens or --docs-per-group, use LoRA, --grad-checkpointing on, or a"
+                    " larger device") from None
         finally:
             optimizer.adam.zero_grad(set_to_none=True)
         n_tokens //= 2
@@ -2900,7 +3213,7 @@ def start_stage(run: Run, stage: str, items, reference, optimizer: Optimizer) ->
         # Half precision could decide the other way this time, and the run would not be the same.
         model.get_decoder().config._attn_implementation = SHARED if state["shared"] else "sdpa"
         print(f"{stage}: goes on after step {run.step}")
-    elif stage == "grpo" and shares_prompts(model):
+    elif (stage == "grpo" or run.local.digits) and shares_prompts(model):
         check_packing(run.policy, machine, items[0].prompt)
     if machine.device.type == "cuda":
         n_answers = 1 if stage == "sft" else cfg.rollouts_per_prompt
@@ -2918,7 +3231,8 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
     stop: the signals that came.
     """
     cfg, sft = run.cfg, stage == "sft"
-    items = [i for i in run.items if (i.response if sft else i.gold) is not None]
+    learned = ("labels" if cfg.answer == "direct" else "response") if sft else "gold"
+    items = [item for item in run.items if getattr(item, learned) is not None]
     epochs, batch = ((cfg.sft_epochs, cfg.sft_batch) if sft else
                      (cfg.grpo_epochs, cfg.prompts_per_step))
     n_steps, n_skipped = math.ceil(epochs * len(items) / batch), 0
@@ -2927,7 +3241,9 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
              " update(s) each"), flush=True)
     set_up_training(run.model, cfg, run.local.machine)
     optimizer = Optimizer(run.model, run.local.machine)
-    reference = None if sft or not cfg.kl_coef else make_reference(run.policy, run.local.machine)
+    reference = None
+    if cfg.kl_coef and not sft:
+        reference = make_reference(run.policy, run.local.machine, run.local.digits)
     start_stage(run, stage, items, reference, optimizer)
     hidden = not (is_first() and sys.stderr.isatty())
     for step in tqdm(range(run.step, n_steps), stage, disable=hidden, initial=run.step):
@@ -2965,13 +3281,22 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
 def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, reference,
               optimizer: Optimizer) -> tuple[dict, Sequence]:
     """One optimizer step on a batch of rows; its numbers over all processes, and some answers."""
-    cfg = run.cfg
-    if stage == "sft":
-        lr = learning_rate(step, n_steps, cfg.sft_lr, cfg.sft_warmup, "cosine")
+    cfg, digits = run.cfg, run.local.digits
+    peak, warmup, schedule = ((cfg.sft_lr, cfg.sft_warmup, "cosine") if stage == "sft" else
+                              (cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule))
+    lr = learning_rate(step, n_steps, peak, warmup, schedule)
+    seeds = rollout_seeds(rows, cfg.seed, step, cfg.rollouts_per_prompt)
+    if stage == "sft" and digits:
+        done = direct_sft_step(run.policy, optimizer, my_share, rows, lr, digits,
+                               cfg.max_tokens_per_pass)
+    elif stage == "sft":
         done = sft_step(run.policy, optimizer, my_share, rows, lr, cfg.max_tokens_per_pass)
+    elif digits:
+        done = direct_grpo_step(run.policy, reference, optimizer, run.reward_rows, my_share, rows,
+                                seeds, lr, digits, cfg)
+        rewards = [row for part in gather(done.rewards) for row in part]
+        done.numbers.update(reward_numbers(rewards))
     else:
-        lr = learning_rate(step, n_steps, cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule)
-        seeds = rollout_seeds(rows, cfg.seed, step, cfg.rollouts_per_prompt)
         done = grpo_step(run.policy, reference, optimizer, run.answer, run.reward, my_share, rows,
                          seeds, lr, run.local.end_ids, cfg)
         done.numbers["rollout_s"] = run.rollout_s
@@ -3000,12 +3325,20 @@ def keep_best(run: Run, stage: str, n_steps: int) -> None:
 
     An answer in a wrong format, or none, counts as NDCG 0.
     """
-    if not run.eval_items:
+    items = run.eval_items
+    if not items:
         return
-    answers = run.answer([item.prompt for item in run.eval_items],
-                         [[(0,)]] * len(run.eval_items), temperature=0.0)
-    rewards = [run.reward(row[0].ids if row else [], item.gold)
-               for row, item in zip(answers, run.eval_items, strict=True)]
+    if run.local.digits:
+        mine = my_share([len(item.prompt) for item in items])
+        scores = run.local.score([(items[i].prompt, items[i].branches) for i in mine])
+        found = [pair for part in gather(list(zip(mine, scores, strict=True))) for pair in part]
+        rewards = [run.reward_rows([scores or [0.0] * len(items[i].gold)], items[i].gold)[0]
+                   for i, scores in sorted(found)]
+    else:
+        answers = run.answer([item.prompt for item in items], [[(0,)]] * len(items),
+                             temperature=0.0)
+        rewards = [run.reward(row[0].ids if row else [], item.gold)
+                   for row, item in zip(answers, items, strict=True)]
     numbers = {"eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
                "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards]))}
     if is_first():
@@ -3064,8 +3397,7 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
             if is_first():
                 stack.enter_context(open_alone(out / "metrics.jsonl"))
             record = on_first(record_run, cfg, prompt, out)
-            n_tokens = record["max_tokens_per_pass"] or (
-                32768 if machine.device.type == "cuda" else 4096)
+            n_tokens = record["max_tokens_per_pass"] or default_pass(machine)
             cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
             spare_threads(model)
             servers = None
@@ -3091,7 +3423,9 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
 
 def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_items: Sequence[Item]) -> None:
     """Find what would fail later, before an old output goes and before hours of training."""
-    if cfg.stage in ("sft", "both") and all(item.response is None for item in items):
+    if cfg.answer == "direct" and cfg.stage != "grpo" and all(i.labels is None for i in items):
+        raise ValueError(f'{cfg.data}: no row has "scores", or a "response" with all of them')
+    elif cfg.answer == "reason" and cfg.stage != "grpo" and all(i.response is None for i in items):
         raise ValueError(f'{cfg.data}: no row has a "response" of at most {cfg.max_new_tokens}'
                          " tokens for SFT; use --stage grpo, or another --max-new-tokens")
     if cfg.stage in ("grpo", "both") and all(item.gold is None for item in items):
@@ -3267,8 +3601,10 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
         with evaluate.numbered_lines(file) as lines:
             meta = dict(json.loads("".join(lines)))
     cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
-    prompt = METHODS[cfg.method].prompt
-    if "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
+    prompt, trained = default_prompt(cfg), meta.get("answer", "reason")
+    if meta and cfg.answer != trained:
+        print_once(f"warning: {cfg.model} was trained for --answer {trained}, not {cfg.answer}")
+    elif "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
         prompt = Prompt(**{"document": UNSAID} | meta["prompt"])
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
@@ -3341,6 +3677,11 @@ def describe_counts(counts: Counter) -> str:
     """One line on what the model's answers were like."""
     faults = [f", {counts[s]} {s}" for s in (*STATUSES[:-1], "truncated", "errors") if counts[s]]
     errors = [f"\n{n} x {key}" for key, n in counts.items() if key.startswith("error: ")]
+    if counts["direct"]:
+        missing = counts["missing"] / counts["direct"]
+        return (f"{counts['direct']} groups scored directly{''.join(faults)};"
+                f" {counts['unscored documents']} documents kept their first-stage place"
+                + f"; probability of no digit: {missing:.2g}" * (missing > 0) + "".join(errors))
     return (f"{counts['calls']} answers: {counts['ok']} ok{''.join(faults)};"
             f" {counts['failed groups']} groups unusable after all tries,"
             f" {counts['unscored documents']} documents kept their first-stage place"
@@ -3410,7 +3751,7 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
         score = "    -" if ranking.means[i] is None else f"{ranking.means[i]:5.2f}"
         start = " ".join(visible(texts[i]).split())[:60]
         print(f"{place:4}  {score}  {cfg.docs[i]}: {start}")
-    for docs, reason in ranking.reasons:
+    for docs, reason in ranking.reasons if cfg.answer == "reason" else ():
         names = ", ".join(f"[{n}] {cfg.docs[i]}" for n, i in enumerate(docs, 1))
         print(f"\nreasoning over {names}:\n{visible(reason) or '(no readable answer)'}")
     print(f"\n{describe_counts(counts)}")
@@ -3743,7 +4084,7 @@ def train_model(given: dict) -> None:
     elif not cfg.data:
         raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
     else:
-        prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else METHODS[cfg.method].prompt
+        prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else default_prompt(cfg)
         train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
 
 

@@ -246,5 +246,5 @@ def test_the_ratio_starts_from_the_samplers_log_probabilities_and_is_clipped(mon
 
 def test_settings_that_cannot_work_are_refused():
     for changes in ({"stage": "both"}, {"stage": "grpo", "lora_rank": 0}):
-        with pytest.raises(ValueError, match="--rollout-endpoint needs --stage grpo and LoRA"):
+        with pytest.raises(ValueError, match="--rollout-endpoint needs --stage grpo, LoRA"):
             grouprank.Config(rollout_endpoint=("http://127.0.0.1:9/v1",), **changes)
