@@ -4,6 +4,8 @@
     python tests/bench_grpo.py --device cuda       # a random-weight Qwen2.5-7B shape, bf16
     python tests/bench_grpo.py --json bench.json --rounds 5 --shapes 1024,64 2048,128
     python tests/bench_grpo.py --no-trl --shapes 1024,64 2048,128     # ours alone
+    python tests/bench_grpo.py --many              # many short prompts in a row, two attentions
+    python tests/bench_grpo.py --answer direct     # a step of direct scoring with G 8 and 64
     python tests/bench_grpo.py --small             # seconds
 
 `update` is the reference pass, forward, backward and optimizer step on forced answers; `rollout`
@@ -20,6 +22,12 @@ each with one untimed step before the timed one.
     trl-accumulate  the same, one answer a micro-batch, 8 accumulated
 
 The norm of the update's gradient is shown: it must agree, or the contenders did different work.
+
+--many: forward and backward of one row of 32 prompts of 256 tokens with 10 completions of 40 each,
+where a layer attends to all prompts at once ("batched", ours) or to one after another with indices
+that it makes itself ("looped", as ours did before). --answer direct: a whole step on such rows as
+groups of ten documents; drawing, rewarding and comparing 64 score vectors a prompt instead of 8 is
+all that may add to it. The 19M-parameter model on the CPU, the shape of SmolLM2-135M on CUDA.
 
 Measured at commit c0a8f3e or before on 2 cores of an AMD EPYC: a 19M-parameter Qwen2 (6 layers,
 width 384, vocabulary 8,192), float32, torch 2.13, TRL 1.16, one timed step each (--rounds 1; what is
@@ -64,24 +72,28 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PHASES = ("update", "rollout", "full")
+MANY = (32, 256, 10, 40)  # prompts, their tokens, completions of each, their tokens
 CONTENDERS = ("packed", "rows", "trl", "trl-checkpoint", "trl-accumulate")
 SHAPES = {"cpu": ("1024,64", "2048,128", "2048,512"), "cuda": ("8192,512", "24576,1024")}
 MODELS = {
     "cpu": {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1536,
             "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "cuda-many": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+                  "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
     "cuda": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
              "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
 }
 G, RANK, SEED = 8, 32, 0
 
 
-def build_model(device: str):
-    """A Qwen2 with random weights: 19M parameters on the CPU, the 7B shape in bf16 on CUDA."""
+def build_model(device: str, many: bool = False):
+    """A Qwen2 with random weights: 19M parameters on the CPU, the 7B shape in bf16 on CUDA, or with
+    `many` that of SmolLM2-135M."""
     import torch
     import transformers
 
     config = transformers.Qwen2Config(
-        **MODELS[device], max_position_embeddings=32768, tie_word_embeddings=False,
+        **MODELS["cuda-many" if many and device == "cuda" else device], max_position_embeddings=32768, tie_word_embeddings=False,
         attn_implementation="sdpa", eos_token_id=0, pad_token_id=0)
     torch.manual_seed(SEED)
     with torch.device(device):
@@ -153,6 +165,94 @@ def ours(device: str, n_prompt: int, n_answer: int, phase: str, shared: bool):
     return seconds, done.numbers["grad_norm"]
 
 
+def many_prompts(device: str, name: str, sizes: tuple[int, ...]):
+    """Two passes over one row of many prompts: seconds of each, and the norm of the gradient."""
+    import numpy as np
+    import torch
+
+    import grouprank
+
+    class LoopedRow(grouprank.PackedRow):
+        """Attention to one prompt after another, with indices made in each layer."""
+
+        def attend(self, layer, query, key, value, scaling):
+            outputs, start = [], 0
+            for n, lengths in self.blocks:
+                end = start + n + sum(lengths)
+                (q, k, v), answer = zip(*(
+                    t[:, :, start:end].split([n, sum(lengths)], dim=2) for t in (query, key, value)),
+                    strict=True)
+                outputs += [grouprank.causal_attention(q, k, v, scaling),
+                            self.completions(*answer, k, v, lengths, scaling)]
+                start = end
+            return torch.cat(outputs, dim=2)
+
+        def completions(self, query, key, value, prompt_key, prompt_value, lengths, scaling):
+            slots = torch.arange(max(lengths), device=query.device)
+            ends = torch.tensor(lengths, device=query.device)
+            real = slots < ends[:, None]
+            index = torch.where(real, (ends.cumsum(0) - ends)[:, None] + slots, 0)
+            q, k, v = (t[0][:, index].transpose(0, 1) for t in (query, key, value))
+            output = grouprank.attend_completions(q, k, v, prompt_key, prompt_value, None, scaling)
+            return output.transpose(1, 2)[real].transpose(0, 1)[None]
+
+    machine, model = grouprank.pick_machine(device), build_model(device, many=True)
+    grouprank.set_up_training(model, grouprank.Config(lora_rank=RANK), machine)
+    fill_adapters(model)
+    assert grouprank.share_prompts(model)
+    n_prompts, n_prompt, n_answers, n_answer = sizes
+    draw = np.random.default_rng(SEED).integers
+    blocks = [(draw(3, 8000, n_prompt).tolist(), draw(3, 8000, (n_answers, n_answer)).tolist())
+              for _ in range(n_prompts)]
+    policy, seconds = grouprank.Policy(model.train(), functools.partial(machine.autocast, cache=False)), []
+    for _ in range(2):
+        model.zero_grad()
+        started = time.perf_counter()
+        inputs, places = grouprank.packed_inputs(blocks, model.device)
+        if name == "looped":
+            inputs[2].__class__, inputs[2].blocks = LoopedRow, [
+                (n_prompt, [n_answer] * n_answers)] * n_prompts
+        targets = [token for _, rows in blocks for row in rows for token in row]
+        logp, _ = policy(inputs, [place for own in places for place in own[:-1]], targets)
+        logp.mean().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    norm = sum(p.grad.float().norm().item() ** 2 for p in model.parameters() if p.grad is not None)
+    return seconds, norm ** 0.5
+
+
+def direct(device: str, n_rollouts: int, sizes: tuple[int, ...]):
+    """Two steps of GRPO with direct scoring: seconds of each, and the norm of the gradient."""
+    import numpy as np
+    import torch
+
+    import grouprank
+
+    machine, model = grouprank.pick_machine(device), build_model(device, many=True)
+    cfg = grouprank.Config(lora_rank=RANK, answer="direct", max_tokens_per_pass=2**15)
+    grouprank.set_up_training(model, cfg, machine)
+    fill_adapters(model)
+    assert grouprank.share_prompts(model)
+    policy = grouprank.Policy(model, functools.partial(machine.autocast, cache=False))
+    digits = list(range(100, 110))
+    reference = grouprank.make_reference(policy, machine, digits)
+    n_prompts, n_prompt, n_docs, n_branch = sizes
+    draw = np.random.default_rng(SEED).integers
+    items = [grouprank.Item(f"p{b}", draw(3, 8000, n_prompt).tolist(), tuple(draw(0, 11, n_docs).tolist()),
+                            None, draw(3, 8000, (n_docs, n_branch)).tolist()) for b in range(n_prompts)]
+    seeds, seconds = grouprank.rollout_seeds(items, SEED, 0, n_rollouts), []
+    for _ in range(2):
+        started = time.perf_counter()
+        done = grouprank.direct_grpo_step(
+            policy, reference, grouprank.Optimizer(model, machine), grouprank.reward_scores,
+            lambda costs: list(range(len(costs))), items, seeds, 0.0, digits, cfg)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds, done.numbers["grad_norm"]
+
+
 def trl(device: str, n_prompt: int, n_answer: int, phase: str, options: dict):
     """The same step by TRL's GRPOTrainer, with the settings that make its loss the paper's."""
     import torch
@@ -218,8 +318,13 @@ def run_contender(name: str, device: str, shape: str, phase: str) -> dict:
 
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    n_prompt, n_answer = map(int, shape.split(","))
-    if name in ("packed", "rows"):
+    sizes = tuple(map(int, shape.split(",")))
+    n_prompt, n_answer = sizes[:2]
+    if phase == "many":
+        seconds, norm = many_prompts(device, name, sizes)
+    elif phase == "direct":
+        seconds, norm = direct(device, int(name.removeprefix("G=")), sizes)
+    elif name in ("packed", "rows"):
         seconds, norm = ours(device, n_prompt, n_answer, phase, name == "packed")
     else:
         options = {"trl": {}, "trl-checkpoint": {"checkpoint": True}, "trl-accumulate": {"batch": 1}}
@@ -287,11 +392,10 @@ def measure(name: str, device: str, shape: str, phase: str) -> dict:
 
 def show(rows: list[dict]) -> None:
     """A Markdown table: medians, and how many times the first contender's."""
-    print("\n| P, C | step | contender | seconds | times packed | peak GB | share | gradient norm |")
+    print("\n| P, C | step | contender | seconds | times the first | peak GB | share | gradient norm |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        best = next(r for r in rows if (r["shape"], r["phase"], r["name"])
-                    == (row["shape"], row["phase"], "packed"))
+        best = next(r for r in rows if (r["shape"], r["phase"]) == (row["shape"], row["phase"]))
         cells = [row["shape"].replace(",", ", "), row["phase"], row["name"]]
         if "error" in row:
             cells += [row["error"], "", "", "", ""]
@@ -302,6 +406,24 @@ def show(rows: list[dict]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def compare(device: str, shape: str, phase: str, names: list[str], n_rounds: int) -> list[dict]:
+    """The contenders in turn, n_rounds times; the medians of each."""
+    runs = {name: [] for name in names}
+    for _ in range(n_rounds):
+        for name in names:
+            if not (runs[name] and "error" in runs[name][-1]):
+                runs[name].append(measure(name, device, shape, phase))
+    rows = []
+    for name, results in runs.items():
+        good = [r for r in results if "error" not in r]
+        row = {"shape": shape, "phase": phase, "name": name}
+        for key in ("seconds", "peak_bytes", "grad_norm") if good else ():
+            row[key] = statistics.median(r[key] for r in good)
+        rows.append(row | ({} if good else results[-1]))
+    show(rows)
+    return rows
+
+
 def main() -> None:
     """Run all contenders in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -310,6 +432,8 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
+    parser.add_argument("--many", action="store_true", help="many short prompts in one row")
+    parser.add_argument("--answer", choices=("reason", "direct"), default="reason")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="--shapes 64,8 --phases rollout --rounds 1")
     parser.add_argument("--json", metavar="FILE")
@@ -321,21 +445,16 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: CUDA rows not run")
     rows = []
+    if args.many or args.answer == "direct":
+        shape = ",".join(map(str, (2, 16, 3, 8) if args.small else MANY))
+        phase, names = (("many", ["batched", "looped"]) if args.many else ("direct", ["G=8", "G=64"]))
+        compare(args.device, shape, phase, names, args.rounds)
+        return
     for shape in args.shapes or SHAPES[args.device]:
         for phase in args.phases:
             names = [n for n in args.contenders if not (args.no_trl and n.startswith("trl"))]
-            runs = {n: [] for n in names if phase != "full" or n == "packed"}
-            for _ in range(args.rounds):
-                for name in runs:
-                    if not (runs[name] and "error" in runs[name][-1]):
-                        runs[name].append(measure(name, args.device, shape, phase))
-            for name, results in runs.items():
-                good = [r for r in results if "error" not in r]
-                row = {"shape": shape, "phase": phase, "name": name}
-                for key in ("seconds", "peak_bytes", "grad_norm") if good else ():
-                    row[key] = statistics.median(r[key] for r in good)
-                rows.append(row | ({} if good else results[-1]))
-            show([row for row in rows if (row["shape"], row["phase"]) == (shape, phase)])
+            rows += compare(args.device, shape, phase,
+                            [n for n in names if phase != "full" or n == "packed"], args.rounds)
     if args.device == "cuda":
         report_rate(rows)
     if args.json:
