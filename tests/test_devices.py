@@ -1,0 +1,100 @@
+"""Every precision on every device that is here: the CPU, and CUDA where there is one."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_model, tiny_model, write_rows
+
+import grouprank
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+PRECISIONS = ["fp32", "bf16", "fp16"]
+PROMPT = grouprank.Prompt(system="rate", user="{query}\n{documents}")
+
+
+def blocks_of(prompts=(200, 31, 90), completions=((33, 17, 65), (4, 21), (9, 40, 1, 30))):
+    """Prompts of various lengths with completions, or branches, of various lengths."""
+    rng = np.random.default_rng(0)
+    return [(rng.integers(60, 300, p).tolist(), [rng.integers(60, 300, n).tolist() for n in lengths])
+            for p, lengths in zip(prompts, completions, strict=True)]  # fmt: skip
+
+
+def token_numbers(policy, packed):
+    """Log-probabilities of completions, in packed or in separate rows."""
+    policy.model.get_decoder().config._attn_implementation = grouprank.SHARED if packed else "sdpa"
+    return grouprank.completion_logprobs(policy, blocks_of(), packed)[0]
+
+
+def digit_numbers(policy, packed):
+    """Log-probabilities of digits, in packed or in separate rows."""
+    policy.model.get_decoder().config._attn_implementation = grouprank.SHARED if packed else "sdpa"
+    return grouprank.digit_logprobs(policy, blocks_of(), list(range(50, 60)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("numbers", [token_numbers, digit_numbers])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_packed_rows_are_separate_rows_in_every_precision(device, precision, numbers, checkpointing):
+    """Against float64 on the CPU: values, and the gradient of a weighted sum."""
+    machine = grouprank.pick_machine(device, precision)
+    found = []
+    for where, packed in ((None, False), (machine, False), (machine, True)):
+        model = tiny_model("qwen3", width=64, layers=3).train()
+        if where is None:
+            policy = grouprank.Policy(model.double())
+        else:
+            autocast = functools.partial(machine.autocast, cache=False)
+            policy = grouprank.Policy(model.to(machine.device), autocast)
+        if checkpointing:
+            grouprank.recompute_activations(model)
+        logp = numbers(policy, packed)
+        weights = torch.linspace(-1, 1, logp.numel()).view(logp.shape).to(logp)
+        (weights * logp).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((logp.detach().cpu().double(), gradient.cpu().double()))
+    (exact, slope), *others = found
+    tolerance = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}[precision]
+    for logp, gradient in others:
+        assert (logp - exact).abs().mean() < tolerance
+        assert (gradient - slope).norm() < 3 * tolerance * slope.norm()
+
+
+@pytest.mark.parametrize("answer", ["reason", "direct"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_both_stages_train_in_every_precision_and_the_model_reranks(
+    device, precision, answer, tmp_path, monkeypatch
+):
+    """With checkpointing and LoRA; on CUDA the largest pass is tried before the first step."""
+    save_tiny_model(tmp_path / "model", "qwen3", vocab_size=300)
+    answers = ['<reason>so</reason><answer>{"[1]": 9, "[2]": 0}</answer>'] * 4
+    rows = [{"id": f"row {i}", "query": "which one?", "scores": [9, 0], "response": text,
+             "docs": [{"id": "a", "text": f"yes {i}"}, {"id": "b", "text": "no " * (i + 1)}]}
+            for i, text in enumerate(answers)]  # fmt: skip
+    path, moved = write_rows(tmp_path / "rows.jsonl", rows), []
+    cfg = grouprank.Config(
+        model=str(tmp_path / "model"), data=path, eval_data=path, answer=answer, max_new_tokens=80,
+        max_prompt_tokens=400, lora_rank=4, sft_batch=2, sft_lr=1e-2, grpo_lr=1e-2, sft_epochs=2.0,
+        grpo_epochs=1.0, prompts_per_step=2, device=device, precision=precision, save_every=0,
+        max_tokens_per_pass=4096, grad_checkpointing="on", docs_per_group=2)  # fmt: skip
+    step = grouprank.Optimizer.step
+
+    def watched(self, lr):
+        before = copy.deepcopy(next(iter(self.weights.values())))
+        norm, done = step(self, lr)
+        moved.append(done and not torch.equal(before, next(iter(self.weights.values()))))
+        return norm, done
+
+    monkeypatch.setattr(grouprank.Optimizer, "step", watched)
+    if answer == "reason":  # a reward that random weights can earn
+        monkeypatch.setattr(grouprank, "score_completion", lambda text, gold, **_: grouprank.Reward(
+            text.count("e") / (len(text) + 1), "ok"))  # fmt: skip
+    grouprank.train(cfg, PROMPT, tmp_path / "out")
+    assert sum(moved) >= 3  # a step of fp16 may only halve the loss scale
+    if answer == "direct":
+        ranker = grouprank.GroupRanker.from_pretrained(str(tmp_path / "out"), device=device, precision=precision)
+        assert len(ranker.rank("which one?", ["yes 1", "no", "no no"])) == 3
