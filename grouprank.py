@@ -753,27 +753,28 @@ METHODS = {"groupwise": Method(Prompt(), parse_answer, Prompt(user=DIRECT_USER))
 # --- Reward (Sec. 3.3, Eq. 4-6) -------------------------------------------------------------------
 
 
-def score_distribution(scores: Sequence[float]) -> list[float]:
-    """Scores >= 0 of one group as a distribution over its documents (for Eq. 6).
+def score_distribution(scores) -> np.ndarray:
+    """Scores >= 0 of one group (..., K) as a distribution over its documents (for Eq. 6).
 
     p_i = s_i / sum(s); all zeros become uniform. The paper leaves this open; division keeps the
     ratio of two scores, which a softmax would turn into a difference with a free temperature.
     """
-    total = sum(scores)
-    return [s / total if total > 0 else 1 / len(scores) for s in scores]
+    scores = np.asarray(scores, dtype=np.float64)
+    total = scores.sum(-1, keepdims=True)
+    return np.where(total > 0, scores, 1.0) / np.where(total > 0, total, scores.shape[-1])
 
 
-def js_divergence(p: Sequence[float], q: Sequence[float]) -> float:
-    """Eq. 6: JS(P, Q) = KL(P || M)/2 + KL(Q || M)/2 with M = (P + Q)/2.
+def js_divergence(p, q) -> np.ndarray:
+    """Eq. 6: JS(P, Q) = KL(P || M)/2 + KL(Q || M)/2 with M = (P + Q)/2, of distributions (..., K).
 
     Base-2 logarithms, so that it lies in [0, 1]: 0 for equal distributions, 1 for disjoint ones.
     """
+    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
     js = 0.0
-    for pi, qi in zip(p, q, strict=True):
-        m = (pi + qi) / 2
-        js += (pi * math.log2(pi / m) if pi > 0 else 0.0) / 2
-        js += (qi * math.log2(qi / m) if qi > 0 else 0.0) / 2
-    return min(max(js, 0.0), 1.0)  # rounding can leave -1e-17
+    for part in (p, q):
+        ratio = np.divide(2 * part, p + q, out=np.ones(np.shape(p + q)), where=part > 0)
+        js = js + (part * np.log2(ratio)).sum(-1) / 2
+    return np.clip(js, 0.0, 1.0)  # rounding can leave -1e-17
 
 
 def group_reward(ndcg: float, recall: float, js: float, *, ndcg_weight: float = 1.0,
@@ -810,15 +811,14 @@ def reward_scores(rows: Sequence[Sequence[float]], gold: Sequence[float], *, k: 
     """
     relevant = [float(g >= relevance_level) for g in gold]
     ranked = evaluate.tie_averaged(rows, gold)  # (G, K): expected gold score at each rank
-    ndcgs = evaluate.ndcg(ranked.T, gold, k) + np.zeros(len(rows))
+    ndcg = evaluate.ndcg(ranked.T, gold, k) + np.zeros(len(rows))  # zeros where none is relevant
     hits = evaluate.tie_averaged(rows, relevant)[:, :k].sum(1)
-    recalls, rewards = hits / max(sum(relevant), 1), []
-    for scores, ndcg, recall in zip(rows, ndcgs.tolist(), recalls.tolist(), strict=True):
-        js = js_divergence(score_distribution(scores), score_distribution(gold))
-        total = group_reward(ndcg, recall, js, **weights)
-        assert math.isfinite(total), f"reward {total} for {scores} against {gold}"
-        rewards.append(Reward(total, "ok", ndcg, recall, 1 - js))
-    return rewards
+    recall = hits / max(sum(relevant), 1)
+    js = js_divergence(score_distribution(rows), score_distribution(gold))
+    total = group_reward(ndcg, recall, js, **weights)
+    assert np.isfinite(total).all(), f"rewards {total} for {rows} against {gold}"
+    columns = (column.tolist() for column in (total, ndcg, recall, 1 - js))
+    return [Reward(total, "ok", *parts) for total, *parts in zip(*columns, strict=True)]
 
 
 def score_completion(text: str, gold: Sequence[float], **options: float) -> Reward:
@@ -1215,8 +1215,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
 
 def random_stream(seed: Sequence[int | str], n: int) -> np.ndarray:
     """n uniform numbers of the stream named by `seed`, for example (seed, step, id, rollout)."""
-    words = [s if isinstance(s, int) else zlib.crc32(s.encode()) for s in seed]
-    return np.random.default_rng(np.random.SeedSequence(words)).random(n)
+    words = [s % 2**32 if isinstance(s, int) else zlib.crc32(s.encode()) for s in seed]
+    return np.random.default_rng(np.array(words, dtype=np.uint32)).random(n)  # a list takes longer
 
 
 def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
