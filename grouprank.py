@@ -473,20 +473,14 @@ class PromptEncoder:
             raise ValueError("the tokenizer's chat template repeats or drops the user's text")
         return self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
 
-    def encode(self, prompt: Prompt, query: str, texts: Sequence[str]) -> tuple[list[int], int]:
-        """Return (token ids, number of document tokens that were cut).
+    def encode(self, prompt: Prompt, query: str, texts: Sequence[str],
+               branched: bool = False) -> tuple[list[list[int]], int]:
+        """Return (token ids of the prompt and, where branched, of each document's branch; number of
+        document tokens that were cut).
 
-        Each document keeps at most max_doc_tokens; when the prompt is still longer than
-        max_prompt_tokens, the longest documents are cut down evenly, never the instructions.
-        """
-        (ids,), n_cut = self.encode_group(prompt, query, texts, branched=False)
-        return ids, n_cut
-
-    def encode_group(self, prompt: Prompt, query: str, texts: Sequence[str],
-                     branched: bool = True) -> tuple[list[list[int]], int]:
-        """As `encode`: the prompt and, where branched, each document's branch; all of them count.
-
-        A branch is tokenised with a digit and cut before it, so that a digit is what comes next.
+        Each document keeps at most max_doc_tokens; when all together are still longer than
+        max_prompt_tokens, the longest documents are cut down evenly, never the instructions. A
+        branch is tokenised with a digit and cut before it, so that a digit is what comes next.
         """
         before, after = self._around(prompt.system)
         # Added tokens that are not "special", such as <think>, survive split_special_tokens.
@@ -997,7 +991,7 @@ def attend_completions(query, key, value, prompt_key, prompt_value, mask, scalin
 
 
 class Policy:
-    """A causal language model, asked for the log-probabilities of chosen next tokens only.
+    """A causal language model, asked at chosen places only.
 
     The logits of all other positions, most of a long prompt, are never computed.
     """
@@ -1325,8 +1319,9 @@ class Step(NamedTuple):
     """What one optimizer step did."""
     sums: Counter  # over this process's share: to be added up over all processes
     numbers: dict[str, float]  # the same on every process
-    samples: Sequence[tuple[str, list[int], Reward]] = ()  # row id, answer and its reward
-    rewards: Sequence[Sequence[Reward]] = ()  # of this process's share of a direct step
+    ids: Sequence[str] = ()  # of the rows that were answered
+    rewards: Sequence[Sequence[Reward]] = ()  # (B, G); of direct scoring this process's share
+    answers: Sequence[Sequence[Sampled]] = ()  # (B, G)
 
 
 def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], lr: float,
@@ -1356,14 +1351,13 @@ def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], 
 
 
 def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Callable,
-              share: Callable, items: Sequence[Item], seeds, lr: float, end_ids,
-              cfg: Config) -> Step:
+              share: Callable, items: Sequence[Item], seeds, lr: float, cfg: Config) -> Step:
     """One step of GRPO, Eq. 7: sample, reward, compare within each prompt, move.
 
     answer(prompts, seeds) samples G answers to each prompt at temperature 1, none where it could
     not; seeds (B, G) name their random streams. reward(ids, gold) is Eq. 4-6. reference(blocks)
     gives (N,) log-probabilities under the SFT model for the KL term, or is None. optimizer and
-    share are those of sft_step; end_ids tell which answers were cut, for the log.
+    share are those of sft_step.
     """
     # Sample G answers to each of B prompts: y_i ~ policy(. | x).
     answers = answer([item.prompt for item in items], seeds)  # (B, G)
@@ -1389,10 +1383,7 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
         grad_norm, moved = optimizer.step(lr)
 
     numbers |= {"grad_norm": grad_norm, "skipped": int(not moved)}
-    numbers |= reward_numbers(rewards) | answer_numbers(answers, end_ids)
-    samples = [(item.id, row[0].ids, r[0])
-               for item, row, r in zip(items, answers, rewards, strict=True)]
-    return Step(sums, numbers, samples[:2])
+    return Step(sums, numbers, [item.id for item in items], rewards, answers)
 
 
 @dataclass
@@ -1463,25 +1454,6 @@ def descend(optimizer, part: Pass, logp: Tensor, cfg: Config) -> dict:
         acts &= part.advantages != 0  # where the clip acts, the surrogate has no gradient
         return {"tokens": logp.numel(), "kl": kl, "loss": loss.item(),
                 "clip_share": acts.sum().item()}
-
-
-def reward_numbers(rewards: Sequence[Sequence[Reward]]) -> dict:
-    """Means over all rollouts of a batch, for the log."""
-    flat = [reward for row in rewards for reward in row]
-    totals = np.array([[r.total for r in row] for row in rewards])  # (B, G)
-    parts = {f"reward/{name}": [getattr(r, name) for r in flat]
-             for name in ("ndcg", "recall", "alignment")}
-    columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
-               "zero_spread": np.ptp(totals, axis=1) < 1e-8}
-    return {name: float(np.mean(values)) for name, values in columns.items()}
-
-
-def answer_numbers(answers: Sequence[Sequence[Sampled]], end_ids: Sequence[int]) -> dict:
-    """Lengths of the answers of a batch, for the log."""
-    ids = [answer.ids for row in answers for answer in row]
-    return {"completion_tokens": float(np.mean([len(a) for a in ids])),
-            "truncated": float(np.mean([a[-1] not in end_ids for a in ids])),
-            "n_tokens": sum(map(len, ids))}
 
 
 # --- Direct scoring: all documents of a group in one forward pass, nothing decoded ----------------
@@ -1556,7 +1528,10 @@ def direct_sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[
         loss = -(targets * logp).sum() / n_docs
         optimizer.backward(loss)
         sums.update(loss=loss.item())
-    return Step(sums, step_numbers(items, optimizer, lr))
+    grad_norm, moved = optimizer.step(lr)
+    n_tokens = sum(len(branch) for item in items for branch in item.branches)
+    return Step(sums, {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
+                       "n_tokens": n_tokens})
 
 
 def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, share: Callable,
@@ -1582,8 +1557,10 @@ def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, sha
                 if reference is not None:
                     part.ref_logp = reference(part.blocks).gather(1, part.digits)
             sums.update(descend(optimizer, part, digit_logp.gather(1, part.digits), cfg))
-        numbers = step_numbers(items, optimizer, lr)
-    return Step(sums, numbers, rewards=rewards)
+        grad_norm, moved = optimizer.step(lr)
+    n_tokens = sum(len(branch) for item in items for branch in item.branches)
+    return Step(sums, {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
+                       "n_tokens": n_tokens}, rewards=rewards)
 
 
 def draw_scores(part: Pass, digit_logp: Tensor, groups: Sequence[tuple], reward: Callable,
@@ -1606,13 +1583,6 @@ def draw_scores(part: Pass, digit_logp: Tensor, groups: Sequence[tuple], reward:
                      torch.full(uniforms.shape, 1 / (n_prompts * uniforms.size)).to(own)))
     part.digits, part.advantages, part.weights = map(torch.cat, zip(*rows, strict=True))
     return rewards
-
-
-def step_numbers(items: Sequence[Item], optimizer, lr: float) -> dict:
-    """Move the weights; what a step of direct scoring says about it."""
-    grad_norm, moved = optimizer.step(lr)
-    return {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
-            "n_tokens": sum(len(branch) for item in items for branch in item.branches)}
 
 
 # --- Rerank (Eq. 1, Sec. 4.5) ---------------------------------------------------------------------
@@ -2279,7 +2249,7 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
     items, counts = [], Counter()
     for row in tqdm(rows, desc="tokenise", disable=not sys.stderr.isatty(), leave=False):
         try:
-            (ids, *branches), n_cut = encoder.encode_group(prompt, row.query, [
+            (ids, *branches), n_cut = encoder.encode(prompt, row.query, [
                 trim_document(text, cfg.max_doc_chars, cfg.fold_lines) for text in row.texts],
                 branched=cfg.answer == "direct")
         except ValueError as error:
@@ -2660,8 +2630,8 @@ class LocalModel:
         groups, answers = {}, {}
         for i, chat in enumerate(chats):
             try:
-                groups[i], _ = self.encoder.encode_group(chat.prompt, chat.query, chat.texts,
-                                                         branched=bool(self.digits))
+                groups[i], _ = self.encoder.encode(chat.prompt, chat.query, chat.texts,
+                                                   branched=bool(self.digits))
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
         if self.digits:
@@ -3280,6 +3250,25 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
     run.model.eval()
 
 
+def reward_numbers(rewards: Sequence[Sequence[Reward]]) -> dict:
+    """Means over all rollouts of a batch, for the log."""
+    flat = [reward for row in rewards for reward in row]
+    totals = np.array([[r.total for r in row] for row in rewards])  # (B, G)
+    parts = {f"reward/{name}": [getattr(r, name) for r in flat]
+             for name in ("ndcg", "recall", "alignment")}
+    columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
+               "zero_spread": np.ptp(totals, axis=1) < 1e-8}
+    return {name: float(np.mean(values)) for name, values in columns.items()}
+
+
+def answer_numbers(answers: Sequence[Sequence[Sampled]], end_ids: Sequence[int]) -> dict:
+    """Lengths of the answers of a batch, for the log."""
+    ids = [answer.ids for row in answers for answer in row]
+    return {"completion_tokens": float(np.mean([len(a) for a in ids])),
+            "truncated": float(np.mean([a[-1] not in end_ids for a in ids])),
+            "n_tokens": sum(map(len, ids))}
+
+
 def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, reference,
               optimizer: Optimizer) -> tuple[dict, Sequence]:
     """One optimizer step on a batch of rows; its numbers over all processes, and some answers."""
@@ -3300,8 +3289,11 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
         done.numbers.update(reward_numbers(rewards))
     else:
         done = grpo_step(run.policy, reference, optimizer, run.answer, run.reward, my_share, rows,
-                         seeds, lr, run.local.end_ids, cfg)
+                         seeds, lr, cfg)
         done.numbers["rollout_s"] = run.rollout_s
+        if done.answers:
+            done.numbers.update(reward_numbers(done.rewards)
+                                | answer_numbers(done.answers, run.local.end_ids))
     total: Counter = Counter()
     for sums in gather(done.sums):
         total.update(sums)
@@ -3319,7 +3311,9 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
         tolerance = 1e-6 if run.local.machine.dtype == torch.float32 else 1e-2
         # NaN is not our bug: such a step was skipped and counted.
         assert not numbers.get("kl", 0) > tolerance, "KL before the first step"
-    return numbers, done.samples
+    samples = [(id, row[0].ids, r[0]) for id, row, r in
+               zip(done.ids, done.answers, done.rewards, strict=False)]
+    return numbers, samples[:2]
 
 
 def keep_best(run: Run, stage: str, n_steps: int) -> None:
@@ -3506,7 +3500,7 @@ def describe_run(run: Run, counts: Counter) -> None:
           f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
           f" {counts['response too long']} responses over {cfg.max_new_tokens} tokens dropped\n"
           f"output: {run.out}\n\nthe prompt, of two documents, with ... for the rows' texts:\n"
-          f"{encoder.tokenizer.decode(encoder.encode(run.prompt, '...', ['...', '...'])[0])}\n",
+          f"{encoder.tokenizer.decode(encoder.encode(run.prompt, '...', ['...', '...'])[0][0])}\n",
           flush=True)
     if not shares_prompts(run.model):
         print("note: prompts are run once for each answer, as not all of the model's layers have"
@@ -3779,6 +3773,11 @@ DEMO_SETTINGS = {"docs_per_group": 6, "max_doc_tokens": 16, "max_prompt_tokens":
                  "grpo_epochs": 1.0, "grpo_lr": 2e-4, "grpo_warmup": 0.03,
                  "grpo_schedule": "linear", "prompts_per_step": 8, "relevance_level": 3,
                  "eval_every": 50, "save_every": 50}
+# Direct scoring sees every row in its supervised stage, the true scores of the GRPO rows too, where
+# SFT has none but the teacher's responses. Free rollouts sharpen the digits at once until nothing
+# is left to explore, so that the KL term weighs more; and they bear a larger rate.
+DEMO_DIRECT = {"answer": "direct", "max_prompt_tokens": 300, "sft_batch": 8, "sft_lr": 1e-3,
+               "grpo_lr": 5e-4, "kl_coef": 0.05, "rollouts_per_prompt": 64, "eval_every": 250}
 DEMO_ROWS = {"sft": 16_000, "grpo": 2_000, "dev": 64}
 DEMO_QUERIES, DEMO_CANDIDATES = 100, 24
 
@@ -3950,7 +3949,8 @@ def train_demo(given: dict) -> None:
     --data: rows of the same world instead of the demo's own, as `synth.py --demo` writes them.
     """
     started = time.perf_counter()
-    cfg = Config(**(DEMO_SETTINGS | given))
+    small = DEMO_SETTINGS | (DEMO_DIRECT if given.get("answer") == "direct" else {})
+    cfg = Config(**(small | given))
     out = on_first(claim_output, cfg, "demo")
     folder, world = out / "demo", DemoWorld(cfg.seed)
     known = {word for word, *_ in world.concepts}
@@ -3968,8 +3968,15 @@ def train_demo(given: dict) -> None:
         eval_data=cfg.eval_data or str(folder / "dev.jsonl"),
         overwrite=False)  # what was there is gone by now
     run = train(cfg, prompt, out, log_every=50)
+    seconds = dict(run.seconds)
+    if (cfg.stage, cfg.answer) == ("both", "reason"):
+        print("\nthe same rows once more, for scores without reasoning (--answer direct)")
+        begun = on_first((out / "direct" / "run.json").is_file)
+        direct = dataclasses.replace(cfg, **DEMO_DIRECT, out=str(out / "direct"), resume=begun)
+        done = train(direct, prompt, out / "direct", log_every=250)
+        seconds |= {f"direct {name}": s for name, s in done.seconds.items()}
     if is_first():
-        seconds = run.seconds | {"total": time.perf_counter() - started}
+        seconds["total"] = time.perf_counter() - started
         write_results(run.cfg, prompt, out, seconds)
 
 
@@ -3982,10 +3989,14 @@ def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None
     tied = [evaluate.ndcg([np.mean(gold)] * len(gold), gold) for gold in labels]
     results = {"random": float(np.mean(tied)),
                "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run"))}
-    models = {"untrained": folder / "untrained", "sft": out / "sft", "sft+grpo": out}
+    models = {"untrained": folder / "untrained", "sft": out / "sft", "sft+grpo": out,
+              "direct-sft": out / "direct" / "sft", "direct": out / "direct"}
     for name, path in models.items():
         if (path / "config.json").is_file():
-            results[name] = demo_ndcg(cfg, prompt, folder, path)
+            changes = DEMO_DIRECT if name.startswith("direct") else {}
+            started, own = time.perf_counter(), dataclasses.replace(cfg, **changes)
+            results[name] = demo_ndcg(own, prompt, folder, path)
+            seconds[f"rerank {name}"] = time.perf_counter() - started
     write_json(out / "results.json", {
         "ndcg@10": {name: round(x, 4) for name, x in results.items()},
         "seconds": {name: round(s, 1) for name, s in seconds.items()}, "seed": cfg.seed,
@@ -3994,6 +4005,8 @@ def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None
     print(f"\nheld-out NDCG@10 (0-100): {DEMO_QUERIES} queries, all {DEMO_CANDIDATES} candidates of"
           f" each in one list;\nthe log's held-out NDCG@10 is that of single groups of"
           f" {cfg.docs_per_group}\n" + evaluate.table("", {"NDCG@10": results})
+          + "\nseconds of reranking: " + ", ".join(
+              f"{name} {seconds[f'rerank {name}']:.1f}" for name in models if name in results)
           + f"\n{clock(seconds['total'])} in all; numbers in {out / 'results.json'}\n"
           f"try: python grouprank.py --rerank --model {out} --seed {cfg.seed} --query '{query}'"
           f" --docs {folder}/example/*.txt")
@@ -4001,7 +4014,7 @@ def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None
 
 def demo_ndcg(cfg: Config, prompt: Prompt, folder: Path, model: Path) -> float:
     """NDCG@10 of the demo's collection, reranked as `--rerank` does."""
-    out = folder / f"{model.name}.run"
+    out = folder / ("-".join(("final", *model.relative_to(folder.parent).parts)) + ".run")
     cfg = dataclasses.replace(cfg, model=str(model), data=str(folder), out=str(out), resume=False,
                               run=str(folder / "first.run"), overwrite=True)
     try:

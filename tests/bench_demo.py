@@ -4,7 +4,8 @@
     python tests/bench_demo.py --small                               # the same in seconds
 
 For each seed the demo is trained as `python grouprank.py --train` does; then from its rows and
-models: GRPO without a cold start, SFT alone for as many seconds as both stages took (on as many
+models: direct scoring, and the same with branches that hold a document's key alone instead of the
+document once more ("without the echo"); GRPO without a cold start, SFT alone for as many seconds as both stages took (on as many
 more rows), and GRPO without the alignment term or without the ranking terms of Eq. 5. Spread is
 the mean standard deviation of a document's scores (0-10) over four random groupings. A seed whose
 results.json is in OUT already is not trained again.
@@ -34,6 +35,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
@@ -42,7 +44,8 @@ import torch
 import evaluate
 import grouprank
 
-COLUMNS = ("sft", "sft, same seconds", "grpo", "sft+grpo", "without alignment", "without ranking")
+COLUMNS = ("sft", "sft, same seconds", "grpo", "sft+grpo", "without alignment", "without ranking",
+           "direct-sft", "direct", "direct without the echo")  # fmt: skip
 SMALL_ROWS, SMALL_QUERIES = {"sft": 16, "grpo": 8, "dev": 1}, 1
 
 
@@ -69,6 +72,11 @@ def score(cfg, folder, model):
             "spread": float(np.mean(spread)) if spread else None}
 
 
+def bare_keys(prompt, texts):
+    """In place of Prompt.branches: the answer's start for each document, without the document."""
+    return [f'{{"[{i}]":' for i in range(1, len(texts) + 1)]
+
+
 def run_seed(out, seed, options):
     """Train everything for one seed; {column: {"ndcg@10", "spread"}}."""
     grouprank.main(["--train", "--seed", str(seed), "--out", str(out), *options])
@@ -84,13 +92,21 @@ def run_seed(out, seed, options):
         "grpo": {"stage": "grpo"},
         "without alignment": {"stage": "grpo", "model": str(sft), "align_weight": 0.0},
         "without ranking": {"stage": "grpo", "model": str(sft), "ndcg_weight": 0.0, "recall_weight": 0.0}}  # fmt: skip
-    models = {"sft": sft, "sft+grpo": out}
+    models = {"sft": sft, "sft+grpo": out, "direct-sft": out / "direct/sft", "direct": out / "direct"}
     for name, changes in variants.items():
         print(f"\nseed {seed}: {name}")
         models[name] = out / "ablation" / name.replace(", ", "-").replace(" ", "-")
         variant = dataclasses.replace(cfg, out=str(models[name]), **changes)
         grouprank.train(variant, grouprank.DEMO_PROMPT, models[name], log_every=50)
-    return {name: score(cfg, folder, models[name]) for name in COLUMNS}
+    direct = dataclasses.replace(cfg, **grouprank.DEMO_DIRECT)
+    rows = {name: score(direct if name.startswith("direct") else cfg, folder, models[name])
+            for name in models}
+    with mock.patch.object(grouprank.Prompt, "branches", bare_keys):
+        print(f"\nseed {seed}: direct without the echo")
+        path = out / "ablation" / "no-echo"
+        grouprank.train(dataclasses.replace(direct, out=str(path)), grouprank.DEMO_PROMPT, path, log_every=250)
+        rows["direct without the echo"] = score(direct, folder, path)
+    return rows
 
 
 def print_table(results):

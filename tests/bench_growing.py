@@ -327,7 +327,7 @@ def measure(device, setting):
     for _ in range(2):  # the moments exist after the first
         grouprank.grpo_step(
             policy, reference, optimizer, lambda *_: [answers],
-            lambda *_: grouprank.Reward(next(rewards), "ok"), lambda costs: [0], [item], None, 1e-6, [0], cfg)
+            lambda *_: grouprank.Reward(next(rewards), "ok"), lambda costs: [0], [item], None, 1e-6, cfg)
     after = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
     sizes = {"prompt_tokens": n_prompt, "answer_tokens": n_answer, "lora_rank": rank,
              "checkpointing": setting["checkpointing"], "element_bytes": machine.dtype.itemsize}

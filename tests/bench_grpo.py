@@ -158,7 +158,7 @@ def ours(device: str, n_prompt: int, n_answer: int, phase: str, shared: bool):
         started = time.perf_counter()
         done = grouprank.grpo_step(
             policy, reference, optimizer, answer, lambda *_: grouprank.Reward(next(rewards), "ok"),
-            lambda costs: list(range(len(costs))), items, seeds, 0.0, local.end_ids, cfg)
+            lambda costs: list(range(len(costs))), items, seeds, 0.0, cfg)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

@@ -348,7 +348,7 @@ def draw(rows, path):
 WORDS = ["".join(letters) for letters in itertools.product("bcdfghklmn", repeat=4)][:8000]
 
 
-def realistic_backend(device, doc_tokens, new_tokens):
+def realistic_backend(device, doc_tokens, new_tokens, answer="reason"):
     """A Qwen2 of 17 million random weights; documents are cut to doc_tokens."""
     tokenizer = grouprank.demo_tokenizer(grouprank.DemoWorld(), 20, WORDS)
     torch.manual_seed(0)
@@ -356,7 +356,7 @@ def realistic_backend(device, doc_tokens, new_tokens):
         vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1152, num_hidden_layers=8,
         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=16384,
         tie_word_embeddings=True, eos_token_id=None, pad_token_id=0, bos_token_id=None)
-    cfg = grouprank.Config(model="random", max_doc_tokens=doc_tokens, max_new_tokens=new_tokens,
+    cfg = grouprank.Config(model="random", answer=answer, max_doc_tokens=doc_tokens, max_new_tokens=new_tokens,
                            max_prompt_tokens=16384 - new_tokens, retries=0, temperature=0.0)
     machine = grouprank.pick_machine(device)
     model = transformers.Qwen2ForCausalLM(config).to(machine.device)
@@ -372,8 +372,8 @@ def run_realistic(args):
     ids = [str(i) for i in range(CANDIDATES)]
     query = grouprank.Candidates("q", " ".join(WORDS[:8]), ids, texts, [-float(i) for i in range(CANDIDATES)])
     short = max(args.new_tokens // 20, 1)  # a document's share of a group's answer
-    plans = [("groupwise", args.new_tokens), ("listwise", args.new_tokens),
-             ("pointwise", args.new_tokens), ("pointwise", short)]  # fmt: skip
+    plans = [("groupwise", args.new_tokens), ("groupwise", 0), ("listwise", args.new_tokens),
+             ("pointwise", args.new_tokens), ("pointwise", short)]  # 0: direct scoring
     print("| device | method | calls | one after another | prompt tokens | answer tokens | s a query |"
           "\n|---|---|---|---|---|---|---|")
     for device in ("cpu", "cuda"):
@@ -381,7 +381,8 @@ def run_realistic(args):
             print("| cuda | not run: no device here | | | | | |")
             continue
         for method, new_tokens in plans:
-            backend, cfg = realistic_backend(device, args.doc_tokens, new_tokens)
+            answer = "reason" if new_tokens else "direct"
+            backend, cfg = realistic_backend(device, args.doc_tokens, max(new_tokens, 1), answer)
             cfg = dataclasses.replace(cfg, method=method)
             if device == "cuda":  # the first call compiles and allocates
                 rank(backend, [query], cfg, Counter())
@@ -390,7 +391,8 @@ def run_realistic(args):
             rank(backend, [query], cfg, counts)
             seconds = clock() - started
             in_turn = counts["calls"] if method == "listwise" else 1
-            print(f"| {device} | {method}, {new_tokens} new tokens | {counts['calls']} | {in_turn} |"
+            words = f"{new_tokens} new tokens" if new_tokens else "direct"
+            print(f"| {device} | {method}, {words} | {counts['calls']} | {in_turn} |"
                   f" {counts['prompt tokens']} | {counts['completion tokens']} | {seconds:.1f} |",
                   flush=True)
 

@@ -150,8 +150,8 @@ def contained_locally(tokenizer, turn, attack):
     """Whether an attack as query and document leaves turns, documents and special ids as built."""
     encoder = grouprank.PromptEncoder(tokenizer, max_doc_tokens=20_000, max_prompt_tokens=300_000)
     prompt = grouprank.Prompt()
-    honest, _ = encoder.encode(prompt, "query", ["first", "second", "third"])
-    attacked, _ = encoder.encode(prompt, attack, ["first", attack, "third"])
+    (honest,), _ = encoder.encode(prompt, "query", ["first", "second", "third"])
+    (attacked,), _ = encoder.encode(prompt, attack, ["first", attack, "third"])
     texts = [tokenizer.decode(ids) for ids in (honest, attacked)]
     return (special_ids(tokenizer, honest) == special_ids(tokenizer, attacked)
             and texts[0].count(turn) == texts[1].count(turn) > 0

@@ -247,9 +247,11 @@ def demo(tmp_path_factory):
 
 def test_the_demo_writes_results_models_and_logs(demo):
     results = json.loads((demo / "results.json").read_text())
-    assert list(results["ndcg@10"]) == ["random", "bm25", "untrained", "sft", "sft+grpo"]
+    assert list(results["ndcg@10"]) == [
+        "random", "bm25", "untrained", "sft", "sft+grpo", "direct-sft", "direct"]  # fmt: skip
     assert abs(results["ndcg@10"]["bm25"] - results["ndcg@10"]["random"]) < 0.1
-    assert results["seconds"].keys() == {"sft", "grpo", "train", "total"}
+    assert {"sft", "grpo", "train", "direct sft", "direct grpo", "rerank direct", "rerank sft+grpo",
+            "total"} <= results["seconds"].keys()  # fmt: skip
     lines = [json.loads(line) for line in (demo / "metrics.jsonl").open()]
     steps = [(line["stage"], line["step"]) for line in lines if "grad_norm" in line]
     assert steps == [("sft", i) for i in range(1, 101)] + [("grpo", i) for i in range(1, 5)]
@@ -262,12 +264,15 @@ def test_the_demo_writes_results_models_and_logs(demo):
     meta = json.loads((demo / "meta.json").read_text())
     assert meta["prompt_hash"] == grouprank.DEMO_PROMPT.hash and meta["docs_per_group"] == 6
     assert (demo / "sft" / "model.safetensors").exists() and (demo / "best" / "meta.json").exists()
+    assert json.loads((demo / "direct" / "meta.json").read_text())["answer"] == "direct"
 
 
 def test_the_demo_shows_every_fiftieth_step_and_a_table_from_0_to_100(demo):
     screen = (demo.parent / "screen").read_text()
     steps = re.findall(r"^(sft|grpo) (\d+)/\d+ \| (?!held-out)", screen, re.MULTILINE)
-    assert steps == [("sft", "1"), ("sft", "50"), ("sft", "100"), ("grpo", "1"), ("grpo", "4")]
+    assert steps == [("sft", "1"), ("sft", "50"), ("sft", "100"), ("grpo", "1"), ("grpo", "4"),
+                     ("sft", "1"), ("sft", "204"), ("grpo", "1"), ("grpo", "4")]  # direct scoring
+    assert "\nseconds of reranking: untrained " in screen
     lines = screen.partition("held-out NDCG@10 (0-100)")[2].splitlines()
     (shown,) = (line.split()[1:] for line in lines if line.startswith("NDCG@10 "))
     results = json.loads((demo / "results.json").read_text())["ndcg@10"]

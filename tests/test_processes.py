@@ -35,10 +35,11 @@ COMMON = {"device": "cpu", "max_new_tokens": 12, "max_prompt_tokens": 400, "max_
           "max_tokens_per_pass": 300, "kl_coef": 0.1, "eval_every": 0, "save_every": 1}  # fmt: skip
 GRPO = {"stage": "grpo", "prompts_per_step": 3, "grpo_epochs": 2.5}  # 6 rows: five steps of three
 SFT = {"stage": "sft", "sft_batch": 3, "sft_epochs": 2.5}
-FULL = {"lora_rank": 0}
+FULL, DIRECT = {"lora_rank": 0}, {"answer": "direct"}
 FORCED = {  # in float64, with forced completions; names in "-rows" share no prompt
     "grpo-lora": GRPO, "grpo-full": GRPO | FULL, "grpo-full-rows": GRPO | FULL,
     "two-updates": GRPO | {"updates_per_batch": 2},
+    "direct-sft": SFT | FULL | DIRECT, "direct-grpo": GRPO | FULL | DIRECT | {"updates_per_batch": 2},
     "sft-lora": SFT, "sft-full": SFT | FULL | {"grad_checkpointing": "on"}}  # fmt: skip
 BOTH = GRPO | SFT | {"stage": "both", "sft_epochs": 1.0, "grpo_epochs": 1.5, "sft_lr": 1e-4}
 REAL = {"real-lora": BOTH, "real-full": BOTH | FULL}
@@ -157,7 +158,7 @@ def folder(tmp_path_factory):
     prepare(folder)
     for name in FORCED | REAL:
         train_case(folder, name, 1)
-    for n_processes, names in (2, [*FORCED, *REAL]), (4, ("grpo-lora", "sft-full")):
+    for n_processes, names in (2, [*FORCED, *REAL]), (4, ("grpo-lora", "sft-full", "direct-grpo")):
         status, errors = run_processes(n_processes, folder, *names)
         assert status == 0, errors
     return folder

@@ -473,7 +473,7 @@ def test_a_grpo_step_is_equation_7_for_any_order_and_split_packed_or_in_rows(lor
                 done = grouprank.grpo_step(
                     grouprank.Policy(model, chunk_tokens=4), reference, NoStep(),
                     lambda prompts, seeds, order=order: [answers[b] for b in order], reward,
-                    everything, [items[b] for b in order], None, 0.3, [answers[0][0].ids[-1]],
+                    everything, [items[b] for b in order], None, 0.3,
                     dataclasses.replace(cfg, max_tokens_per_pass=max_tokens))
                 assert largest_gap(gradients(model), expected) < 1e-5
                 assert done.sums["loss"] == pytest.approx(-objective.item(), rel=1e-5)
@@ -496,15 +496,18 @@ def test_the_numbers_of_a_grpo_step_are_means_over_its_rollouts():
     def step(answer):
         return grouprank.grpo_step(
             grouprank.Policy(model), None, NoStep(), answer, lambda ids, gold: parts[ids[0]],
-            everything, items, "seeds", 0.3, [END], grouprank.Config(max_tokens_per_pass=100))
+            everything, items, "seeds", 0.3, grouprank.Config(max_tokens_per_pass=100))
 
     done = step(answer)
     assert asked == [([item.prompt for item in items], "seeds")]
-    assert done.numbers == {
-        "dropped": 1, "lr": 0.3, "grad_norm": 0.5, "skipped": 0, "n_tokens": 10, "reward": 0.0,
-        "reward/ndcg": 0.125, "reward/recall": 0.375, "reward/alignment": 0.5,
-        "format_ok": 0.5, "completion_tokens": 2.5, "truncated": 0.75, "zero_spread": 1.0}
-    assert done.samples == [("row 0", [5, END], parts[5]), ("row 2", [6, 9], parts[6])]
+    assert done.numbers == {"dropped": 1, "lr": 0.3, "grad_norm": 0.5, "skipped": 0}
+    assert grouprank.reward_numbers(done.rewards) == {
+        "reward": 0.0, "reward/ndcg": 0.125, "reward/recall": 0.375, "reward/alignment": 0.5,
+        "format_ok": 0.5, "zero_spread": 1.0}
+    assert grouprank.answer_numbers(done.answers, [END]) == {
+        "completion_tokens": 2.5, "truncated": 0.75, "n_tokens": 10}
+    assert done.ids == ["row 0", "row 2"] and done.answers[1][0].ids == [6, 9]
+    assert done.rewards == [[parts[5]] * 2, [parts[6], parts[7]]]
     unanswered = step(lambda prompts, seeds: [[], [], []])
     assert unanswered.numbers == {"dropped": 3, "lr": 0.3, "skipped": 1, "n_tokens": 0}
 

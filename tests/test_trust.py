@@ -377,7 +377,7 @@ def test_what_was_cut_to_fit_the_context_is_reported(place, tmp_path, capsys):
     rows[0]["docs"][0]["text"] = "long " * 200
     cfg = settings(place, data=write_rows(tmp_path / "rows.jsonl", rows), stage="sft", sft_epochs=0.5)
     encoder = grouprank.PromptEncoder(byte_tokenizer(), 1024, 10_000)
-    whole, _ = encoder.encode(PROMPT, rows[0]["query"], [doc["text"] for doc in rows[0]["docs"]])
+    (whole,), _ = encoder.encode(PROMPT, rows[0]["query"], [doc["text"] for doc in rows[0]["docs"]])
     grouprank.train(cfg, PROMPT, tmp_path / "run")
     out = capsys.readouterr().out
     assert f"tokens (limit 400), 1 with shortened documents ({len(whole) - 400} tokens cut)" in out
