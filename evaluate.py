@@ -3,7 +3,6 @@
 Needs numpy and tqdm only. For GroupRank (arXiv 2511.11653v3) and for any other ranking.
 
     python evaluate.py --qrels qrels.tsv --run a.run b.run             # table, ties, paired tests
-    python evaluate.py --qrels qrels.tsv --run a.run --metrics ndcg@10 recall@100 map mrr@10 p@5
     python evaluate.py --prepare bright/biology --out data/biology     # a benchmark as BEIR folder
     python evaluate.py --qrels data/biology/qrels/test.tsv --run a.run --paper bright
     python evaluate.py --plot runs/demo/metrics.jsonl --out curves.png
@@ -106,10 +105,8 @@ def refuse_overwrite(path, overwrite=False):
 def ndcg(ranked_grades, judged_grades, k=10):
     """NDCG@k = DCG@k / DCG@k of `judged_grades` in descending order; none relevant: 0.0.
 
-    DCG@k = sum_{i=1..k} max(grade_i, 0) / log2(i + 1). Each ranked grade may be an array: of G
-    rankings of the same documents, the grades (G,) at that rank.
+    DCG@k = sum_{i=1..k} max(grade_i, 0) / log2(i + 1). Ranked grades may be (G,), of G rankings.
     """
-
     def dcg(grades):
         gains = [grade * (grade > 0) for grade in grades[:k]]
         return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
@@ -464,7 +461,6 @@ class BM25:
     k1 0.9 and b 0.4 are Anserini's. A word that the query repeats counts each time. The weights of
     all (word, document) pairs are computed when indexing; a query only adds slices of them up.
     """
-
     def __init__(self, texts, k1=0.9, b=0.4):
         self.vocabulary = collections.defaultdict()
         self.vocabulary.default_factory = self.vocabulary.__len__  # a new word gets the next number

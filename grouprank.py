@@ -116,7 +116,7 @@ class Config:
     seed: int = both(0, "seed of every random stream")
     method: str = both("groupwise", "score groups, score single documents, or order windows that"
         " slide up the list", "paper Sec. 3.1", choices=("groupwise", "pointwise", "listwise"))
-    answer: str = both("reason", "reason, then score; or direct: one forward pass scores a group and"
+    answer: str = both("reason", "reason, then score; or direct: one forward pass scores a group,"
         " nothing is decoded", "paper Sec. 3.1: reason", choices=("reason", "direct"))
     docs_per_group: int = both(20, "documents in one prompt (c)", "paper Sec. 4: 20")
     prompt_file: str = both("", "wording: system text, a line '---', user text with {query}"
@@ -1011,19 +1011,6 @@ class Policy:
                                           **options).last_hidden_state
         return states.flatten(0, 1)[torch.tensor(places, device=ids.device)]
 
-    def __call__(self, inputs: tuple, places: Sequence[int], targets: Sequence[int]):
-        """Log-probabilities (N,) of targets as the tokens after `places`, and entropies (N,) in
-        nats, float32."""
-        n = self.chunk_tokens
-        with self.autocast():
-            hidden = self.hidden(inputs, places)
-            targets = torch.tensor(targets, device=hidden.device)
-            head = self.model.get_output_embeddings()
-            parts = [checkpoint(token_logprobs, head, h, t, use_reentrant=False)
-                     for h, t in zip(hidden.split(n), targets.split(n), strict=True)]
-        logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        return logp, entropy
-
 
 def token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy of the next-token distribution, for a chunk of positions.
@@ -1044,14 +1031,23 @@ Block = tuple[Sequence[int], Sequence[Sequence[int]]]  # prompt ids, ids of its 
 
 
 def completion_logprobs(policy: Policy, blocks: Sequence[Block], packed: bool):
-    """Log-probability and entropy (N,) of every completion token, completions one after another.
+    """Log-probability and entropy (N,) of every completion token, completions one after another, in
+    nats and float32.
 
     Packed: one row, every prompt once. Otherwise one right-padded row a completion: the reference
     that the packed path is tested against.
     """
-    inputs, places = (packed_inputs if packed else row_inputs)(blocks, policy.model.device)
-    targets = [token for _, completions in blocks for c in completions for token in c]
-    return policy(inputs, [place for own in places for place in own[:-1]], targets)
+    device, n = policy.model.device, policy.chunk_tokens
+    inputs, places = (packed_inputs if packed else row_inputs)(blocks, device)
+    targets = torch.tensor([token for _, rows in blocks for row in rows for token in row],
+                           device=device)
+    with policy.autocast():
+        hidden = policy.hidden(inputs, [place for own in places for place in own[:-1]])
+        head = policy.model.get_output_embeddings()
+        parts = [checkpoint(token_logprobs, head, h, t, use_reentrant=False)
+                 for h, t in zip(hidden.split(n), targets.split(n), strict=True)]
+    logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logp, entropy
 
 
 def packed_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]:
@@ -1071,7 +1067,8 @@ def packed_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int
             positions += range(len(prompt), len(prompt) + len(completion))
             ids += completion
     row = PackedRow([(len(p), [len(c) for c in cs]) for p, cs in blocks], device)
-    return (torch.tensor([ids], device=device), torch.tensor([positions], device=device), row), places
+    ids, positions = torch.tensor([[ids], [positions]], device=device)
+    return (ids, positions, row), places
 
 
 def row_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]:
@@ -1324,6 +1321,12 @@ class Step(NamedTuple):
     answers: Sequence[Sequence[Sampled]] = ()  # (B, G)
 
 
+def move(optimizer, lr: float) -> dict[str, float]:
+    """The optimizer's step, and what the log says of it."""
+    grad_norm, moved = optimizer.step(lr)
+    return {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr}
+
+
 def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], lr: float,
              max_tokens_per_pass: int) -> Step:
     """One step of the cold start, Eq. 3: descend the mean of -log p over all response tokens.
@@ -1345,9 +1348,7 @@ def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], 
         loss = -(weights * logp).sum()  # Eq. 3
         optimizer.backward(loss)
         sums.update(loss=loss.item(), entropy=(weights * entropy).sum().item())
-    grad_norm, moved = optimizer.step(lr)
-    return Step(sums, {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
-                       "completion_tokens": n_tokens / len(items), "n_tokens": n_tokens})
+    return Step(sums, move(optimizer, lr) | {"completion_tokens": n_tokens / len(items)})
 
 
 def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Callable,
@@ -1362,9 +1363,9 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
     # Sample G answers to each of B prompts: y_i ~ policy(. | x).
     answers = answer([item.prompt for item in items], seeds)  # (B, G)
     answered = [(item, row) for item, row in zip(items, answers, strict=True) if row]
-    numbers = {"dropped": len(items) - len(answered), "lr": lr}
+    dropped = {"dropped": len(items) - len(answered)}
     if not answered:
-        return Step(Counter(loss=math.nan), numbers | {"skipped": 1, "n_tokens": 0})
+        return Step(Counter(loss=math.nan), dropped | {"skipped": 1, "lr": lr})
     items, answers = zip(*answered, strict=True)
 
     # Reward each answer (Eq. 4-6), and compare it with the others to its prompt.
@@ -1380,9 +1381,7 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
         sums = Counter(loss=0.0, told=sums["told"], mismatch=sums["mismatch"])
         for part in passes:
             sums.update(grpo_pass(policy, reference, optimizer, part, cfg))
-        grad_norm, moved = optimizer.step(lr)
-
-    numbers |= {"grad_norm": grad_norm, "skipped": int(not moved)}
+        numbers = dropped | move(optimizer, lr)
     return Step(sums, numbers, [item.id for item in items], rewards, answers)
 
 
@@ -1528,10 +1527,7 @@ def direct_sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[
         loss = -(targets * logp).sum() / n_docs
         optimizer.backward(loss)
         sums.update(loss=loss.item())
-    grad_norm, moved = optimizer.step(lr)
-    n_tokens = sum(len(branch) for item in items for branch in item.branches)
-    return Step(sums, {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
-                       "n_tokens": n_tokens})
+    return Step(sums, move(optimizer, lr))
 
 
 def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, share: Callable,
@@ -1539,9 +1535,9 @@ def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, sha
                      cfg: Config) -> Step:
     """One step of GRPO, Eq. 7, with free rollouts: one forward and backward pass whatever G is.
 
-    The policy is a product of ten-way distributions, one a document. reward(rows, gold) is Eq. 5
-    of G score vectors, whose format is always right; reference(blocks) gives (N, 10) for N documents, or is None; all
-    else is as in grpo_step.
+    The policy is a product of ten-way distributions, one a document. reward(rows, gold) is Eq. 5 of
+    G score vectors, whose format is always right; reference(blocks) gives (N, 10) for N documents,
+    or is None; all else is as in grpo_step.
     """
     chunks = direct_passes(items, share, policy.model, cfg.max_tokens_per_pass)
     passes = [Pass([(items[b].prompt, items[b].branches) for b in chunk]) for chunk in chunks]
@@ -1557,10 +1553,8 @@ def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, sha
                 if reference is not None:
                     part.ref_logp = reference(part.blocks).gather(1, part.digits)
             sums.update(descend(optimizer, part, digit_logp.gather(1, part.digits), cfg))
-        grad_norm, moved = optimizer.step(lr)
-    n_tokens = sum(len(branch) for item in items for branch in item.branches)
-    return Step(sums, {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr,
-                       "n_tokens": n_tokens}, rewards=rewards)
+        numbers = move(optimizer, lr)
+    return Step(sums, numbers, rewards=rewards)
 
 
 def draw_scores(part: Pass, digit_logp: Tensor, groups: Sequence[tuple], reward: Callable,
@@ -3224,7 +3218,7 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
         rows = [items[i] for i in chosen]
         numbers, samples = take_step(run, rows, stage, step, n_steps, reference, optimizer)
         seconds = time.perf_counter() - started
-        n_read = sum(len(item.prompt) for item in rows) + numbers.pop("n_tokens")
+        n_read = sum(len(item.prompt) for item in rows) + numbers.pop("n_tokens", 0)
         numbers |= {"seconds": seconds, "tokens_per_s": n_read / seconds}
         run.step, run.seconds[stage] = step + 1, run.seconds.get(stage, 0.0) + seconds
         if is_first():
@@ -3282,6 +3276,7 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
                                cfg.max_tokens_per_pass)
     elif stage == "sft":
         done = sft_step(run.policy, optimizer, my_share, rows, lr, cfg.max_tokens_per_pass)
+        done.numbers["n_tokens"] = sum(len(item.response) for item in rows)
     elif digits:
         done = direct_grpo_step(run.policy, reference, optimizer, run.reward_rows, my_share, rows,
                                 seeds, lr, digits, cfg)
@@ -3294,6 +3289,8 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
         if done.answers:
             done.numbers.update(reward_numbers(done.rewards)
                                 | answer_numbers(done.answers, run.local.end_ids))
+    if digits:
+        done.numbers["n_tokens"] = sum(len(branch) for item in rows for branch in item.branches)
     total: Counter = Counter()
     for sums in gather(done.sums):
         total.update(sums)

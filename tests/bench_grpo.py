@@ -175,6 +175,9 @@ def many_prompts(device: str, name: str, sizes: tuple[int, ...]):
     class LoopedRow(grouprank.PackedRow):
         """Attention to one prompt after another, with indices made in each layer."""
 
+        def __init__(self, blocks, device):
+            self.blocks = blocks
+
         def attend(self, layer, query, key, value, scaling):
             outputs, start = [], 0
             for n, lengths in self.blocks:
@@ -200,6 +203,8 @@ def many_prompts(device: str, name: str, sizes: tuple[int, ...]):
     grouprank.set_up_training(model, grouprank.Config(lora_rank=RANK), machine)
     fill_adapters(model)
     assert grouprank.share_prompts(model)
+    if name == "looped":
+        grouprank.PackedRow = LoopedRow
     n_prompts, n_prompt, n_answers, n_answer = sizes
     draw = np.random.default_rng(SEED).integers
     blocks = [(draw(3, 8000, n_prompt).tolist(), draw(3, 8000, (n_answers, n_answer)).tolist())
@@ -208,13 +213,7 @@ def many_prompts(device: str, name: str, sizes: tuple[int, ...]):
     for _ in range(2):
         model.zero_grad()
         started = time.perf_counter()
-        inputs, places = grouprank.packed_inputs(blocks, model.device)
-        if name == "looped":
-            inputs[2].__class__, inputs[2].blocks = LoopedRow, [
-                (n_prompt, [n_answer] * n_answers)] * n_prompts
-        targets = [token for _, rows in blocks for row in rows for token in row]
-        logp, _ = policy(inputs, [place for own in places for place in own[:-1]], targets)
-        logp.mean().backward()
+        grouprank.completion_logprobs(policy, blocks, packed=True)[0].mean().backward()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

@@ -423,7 +423,7 @@ def test_an_sft_step_descends_the_mean_of_minus_log_p_over_all_response_tokens(c
         done = grouprank.sft_step(grouprank.Policy(model, chunk_tokens=4), NoStep(), everything,
                                   items, 0.1, max_tokens)
         assert done.sums["loss"] == pytest.approx(-total.item() / 21)
-        assert done.numbers == {"grad_norm": 0.5, "skipped": 0, "lr": 0.1, "n_tokens": 21,
+        assert done.numbers == {"grad_norm": 0.5, "skipped": 0, "lr": 0.1,
                                 "completion_tokens": 21 / 4}
         assert largest_gap(gradients(model), expected) < 1e-9
 
@@ -509,7 +509,7 @@ def test_the_numbers_of_a_grpo_step_are_means_over_its_rollouts():
     assert done.ids == ["row 0", "row 2"] and done.answers[1][0].ids == [6, 9]
     assert done.rewards == [[parts[5]] * 2, [parts[6], parts[7]]]
     unanswered = step(lambda prompts, seeds: [[], [], []])
-    assert unanswered.numbers == {"dropped": 3, "lr": 0.3, "skipped": 1, "n_tokens": 0}
+    assert unanswered.numbers == {"dropped": 3, "lr": 0.3, "skipped": 1}
 
 
 def test_a_second_update_keeps_the_old_log_probabilities_and_may_clip():
