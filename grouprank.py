@@ -496,18 +496,17 @@ class PromptEncoder:
 
         documents = split(list(texts), return_offsets_mapping=True)
         lengths = list(map(len, documents["input_ids"]))
-        n_fixed = sum(map(len, rows([""] * len(texts))))
-        budget = self.max_prompt_tokens - n_fixed
-        n_readings = 2 if branched else 1
-        while budget >= n_readings * len(texts):
-            limit = min(self.max_doc_tokens, even_limit(lengths, budget // n_readings))
+        limit = self.max_doc_tokens
+        while limit > 0:
             cut = [text if length <= limit else text[: ends[limit - 1][1]] for text, length, ends
                    in zip(texts, lengths, documents["offset_mapping"], strict=True)]
             found = rows(cut)
             excess = sum(map(len, found)) - self.max_prompt_tokens
             if excess <= 0:
                 return found, sum(max(length - limit, 0) for length in lengths)
-            budget -= excess  # where parts meet, tokens may differ
+            kept = sum(min(length, limit) for length in lengths)
+            limit = even_limit(lengths, kept - math.ceil(excess / (2 if branched else 1)))
+        n_fixed = sum(map(len, rows([""] * len(texts))))
         raise ValueError(
             f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
             f" documents: instructions and query take {n_fixed};"
