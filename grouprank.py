@@ -7,7 +7,7 @@ that mixes ranking metrics and the agreement of the score distributions.
 
 Part I is the method, an afternoon's reading, and needs nothing of Part II:
     prompt and parsers (Sec. 3.1), reward (Eq. 4-6), GRPO (Eq. 7), the prompt run once, decoding,
-    one training step (Eq. 3, Eq. 7), rerank (Eq. 1, Sec. 4.5).
+    one training step (Eq. 3, Eq. 7), direct scoring, rerank (Eq. 1, Sec. 4.5).
 Part II makes it run: processes, models, files, who answers, runs, jobs, demo, command line.
 
 Commands:
@@ -34,6 +34,7 @@ Departures from the paper, and choices where it is silent:
     9. Prompts and rubric are in our own words; --prompt-file takes any other wording.
    10. Training all parameters (--lora-rank 0) takes 16 bytes a parameter on every device, so the
        paper's full-parameter 7B is beyond one.
+   11. Direct scoring (--answer direct) is not in the paper: a group in one forward pass.
 
 Shape letters: B prompts, G rollouts per prompt, P prompt tokens, C completion tokens, T packed
 tokens, N all completion tokens of a pass or, in reranking, candidates, V vocabulary, K documents in

@@ -51,6 +51,12 @@ checkpointing): an update of P 8,192 and C 512 takes 2.02 s and 22.7 GB packed, 
 10.26 s and 57.4 GB by TRL with checkpointing (5.1 times as long; 0.39 of its memory); of P 24,576
 and C 1,024 packed 6.80 s and 33.3 GB. That is 49 to 50 % of the measured bf16 rate (781 to 798
 TFLOP/s).
+
+--many, one timed pass each: 0.43 s batched and 4.38 s looped on an H100 (torch 2.11, transformers
+5.17, 2.26 GB both, gradient norms 0.16415 and 0.16413); 33.1 and 103.4 s on the 2 cores, shared with
+another job (9.1 and 8.8 GB, norms 0.10998). --answer direct: G = 8 34.3 s and G = 64 34.1 s on the 2
+cores; 0.68 and 0.82 s on the H100, where rewards and random streams were half of the difference and
+have become twice as fast since, which was not measured there again.
 """
 
 import argparse

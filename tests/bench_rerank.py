@@ -372,8 +372,8 @@ def run_realistic(args):
     ids = [str(i) for i in range(CANDIDATES)]
     query = grouprank.Candidates("q", " ".join(WORDS[:8]), ids, texts, [-float(i) for i in range(CANDIDATES)])
     short = max(args.new_tokens // 20, 1)  # a document's share of a group's answer
-    plans = [("groupwise", args.new_tokens), ("groupwise", 0), ("listwise", args.new_tokens),
-             ("pointwise", args.new_tokens), ("pointwise", short)]  # 0: direct scoring
+    plans = [("groupwise", args.new_tokens), ("groupwise", 1), ("groupwise", 0),  # 0: direct
+             ("listwise", args.new_tokens), ("pointwise", args.new_tokens), ("pointwise", short)]  # fmt: skip
     print("| device | method | calls | one after another | prompt tokens | answer tokens | s a query |"
           "\n|---|---|---|---|---|---|---|")
     for device in ("cpu", "cuda"):

@@ -15,8 +15,9 @@ BENCHES = {  # script: arguments for a size of seconds, what its table names
     "bench_grpo.py": ("--small", ["| rollout | packed | ", "| rollout | rows | ", "| rollout | trl | "]),
     # SIGKILL to real processes at the worst moments, and one at a random one.
     "bench_kill.py": ("--kills 1 --lora-rank 4", ["the final model is half there", "8 of 8 kills survived"]),
+    "bench_real.py": ("--small", ["| supervised, then GRPO | ", "| no-echo | ", "| cranfield, trained, seed 0 | "]),
     "bench_rerank.py": ("--small", ["| pointwise | ", "| listwise, w = 5", "| c | t = 1 |", "sweep.png",
-                                    "| cpu | groupwise, 2 new tokens | "]),
+                                    "| cpu | groupwise, 2 new tokens | ", "| cpu | groupwise, direct | "]),
     "bench_retrieval.py": ("--small", ["documents in common 100.0 of 100"]),
     "bench_synth.py": ("--small", ["trained on these labels"]),
     "bench_trust.py": ("--small", ["10 faults of a server | 10 of 10", "| 68 of 68 |"]),
