@@ -411,17 +411,16 @@ def break_chat_tokens(text: str, added: Sequence[str] = ()) -> str:
     return text
 
 
-def chat_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[dict]:
-    """The prompt as chat messages, with queries and documents defused as text."""
+def chat_messages(prompt: Prompt, query: str, texts: Sequence[str],
+                  branch: int | None = None) -> list[dict]:
+    """The prompt as chat messages, with queries and documents defused as text; with `branch` also
+    the start of the answer that scores this document directly.
+    """
     query, *texts = (break_chat_tokens(defuse(text)) for text in (query, *texts))
-    return as_chat(prompt.system, prompt.user_turn(query, texts))
-
-
-def branch_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[list[dict]]:
-    """For direct scoring one chat a document: the prompt, and the start of an answer."""
-    chat = chat_messages(prompt, query, texts)
-    branches = prompt.branches([break_chat_tokens(defuse(text)) for text in texts])
-    return [[*chat, {"role": "assistant", "content": branch}] for branch in branches]
+    chat = as_chat(prompt.system, prompt.user_turn(query, texts))
+    if branch is not None:
+        chat.append({"role": "assistant", "content": prompt.branches(texts)[branch]})
+    return chat
 
 
 def as_chat(system: str, user: str) -> list[dict]:
@@ -990,15 +989,16 @@ def attend_completions(query, key, value, prompt_key, prompt_value, mask, scalin
                                           enable_gqa=True)
 
 
+@dataclass
 class Policy:
     """A causal language model, asked at chosen places only.
 
     The logits of all other positions, most of a long prompt, are never computed.
     """
 
-    def __init__(self, model, autocast: Callable = contextlib.nullcontext, chunk_tokens=1024):
-        """autocast() gives the context of mixed precision in which the model runs."""
-        self.model, self.autocast, self.chunk_tokens = model, autocast, chunk_tokens
+    model: nn.Module
+    autocast: Callable = contextlib.nullcontext  # () -> the context of mixed precision
+    chunk_tokens: int = 1024  # places whose logits live at a time
 
     def hidden(self, inputs: tuple, places: Sequence[int]) -> Tensor:
         """Last hidden states (N, width) at places of the rows, counted through all of them.
@@ -1091,17 +1091,14 @@ def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequen
     Packed: a prompt's completions stay together while they fit. Otherwise every completion is a
     row, and rows of like length share a pass. What is longer than the budget gets its own pass.
     """
-    pieces = []  # (tokens, prompt, completions)
+    pieces: list[list] = []  # [tokens, prompt, completions]
     for b, lengths in enumerate(completion_tokens):
-        chosen, total = [], prompt_tokens[b]
         for g, length in enumerate(lengths):
-            if chosen and (not packed or total + length > max_tokens):
-                pieces.append((total, b, chosen))
-                chosen, total = [], prompt_tokens[b]
-            chosen.append(g)
-            total += length
-        if chosen:
-            pieces.append((total, b, chosen))
+            if packed and g and pieces[-1][0] + length <= max_tokens:
+                pieces[-1][0] += length
+                pieces[-1][2].append(g)
+            else:
+                pieces.append([prompt_tokens[b] + length, b, [g]])
     pieces.sort(key=lambda piece: (-piece[0], piece[1]))
     passes: list[list[tuple[int, list[int]]]] = []
     used = longest = 0
@@ -2714,11 +2711,11 @@ class Endpoint:
         The requests of a group follow one another, so that the server's prefix cache pays.
         """
         found = iter(self.ask_all([
-            {"model": self.model, "messages": messages, "max_tokens": 1, "temperature": 1.0,
-             "logprobs": True, "top_logprobs": 20, "add_generation_prompt": False,
-             "continue_final_message": True, "seed": seed_of_request(chat.seed)}
-            for chat, own in zip(chats, texts, strict=True)
-            for messages in branch_messages(chat.prompt, chat.query, own)]))
+            {"model": self.model, "messages": chat_messages(chat.prompt, chat.query, own, branch),
+             "max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 20,
+             "add_generation_prompt": False, "continue_final_message": True,
+             "seed": seed_of_request(chat.seed)}
+            for chat, own in zip(chats, texts, strict=True) for branch in range(len(own))]))
         answers = []
         for own in texts:
             group = list(itertools.islice(found, len(own)))
