@@ -73,8 +73,8 @@ The paper has groupwise 3.3 times as fast as pointwise (3.4 s against 11.1 s on 
 6.4 times as fast as listwise. On one core groups of 20 are 2.5 (demo) and 2.4 times (realistic
 lengths) as fast as listwise when queries come together, about the ratio of their tokens, because
 nothing runs in parallel there; in the demo 8.4 times for a query alone, where nineteen windows wait
-for one another. Against pointwise they are 1.2 times as fast when both reason at length, 0.75 times
-in the demo, and four times slower when a pointwise answer is short: a token of a 6,000-token prompt
+for one another. Against pointwise they are 1.5 times as fast when both reason at length, 0.75 times
+in the demo, and 2.7 times slower when a pointwise answer is short: a token of a 6,000-token prompt
 costs more attention than one of a 300-token prompt, which shows in a model this narrow.
 """
 
