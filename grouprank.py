@@ -216,6 +216,7 @@ class Config:
             (self.rollouts_per_prompt < 2,
              "--rollouts-per-prompt must be at least 2: an advantage compares them"),
             (max(self.fusion_weight, self.top_p) > 1, "--fusion-weight and --top-p are at most 1"),
+            (self.seed >= 2**32, "--seed must be below 2**32"),
             (self.docs_stride > self.docs_per_group or self.step > self.window,
              "--docs-stride is at most --docs-per-group, and --step at most --window: larger ones"
              " would skip documents"),
@@ -1085,30 +1086,38 @@ def row_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]
 
 
 def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequence[int]],
-                max_tokens: int, packed: bool) -> list[list[tuple[int, list[int]]]]:
+                max_tokens: int, packed: bool, whole: bool = False
+                ) -> list[list[tuple[int, list[int]]]]:
     """Split a step into passes of at most max_tokens: lists of (prompt, its completions).
 
-    Packed: a prompt's completions stay together while they fit. Otherwise every completion is a
-    row, and rows of like length share a pass. What is longer than the budget gets its own pass.
+    Packed: a prompt's completions stay together while they fit, or anyway where `whole`; and only
+    prompts of like shapes share a row, as attention pads them. Otherwise every completion is a row,
+    and rows of like length share a pass. What is longer than the budget gets its own pass.
     """
     pieces: list[list] = []  # [tokens, prompt, completions]
     for b, lengths in enumerate(completion_tokens):
         for g, length in enumerate(lengths):
-            if packed and g and pieces[-1][0] + length <= max_tokens:
+            if packed and g and (whole or pieces[-1][0] + length <= max_tokens):
                 pieces[-1][0] += length
                 pieces[-1][2].append(g)
             else:
                 pieces.append([prompt_tokens[b] + length, b, [g]])
     pieces.sort(key=lambda piece: (-piece[0], piece[1]))
     passes: list[list[tuple[int, list[int]]]] = []
-    used = longest = 0
+    used, longest, shapes = 0, 0, []
     for tokens, b, chosen in pieces:
+        shape = len(chosen), prompt_tokens[b], max(completion_tokens[b][g] for g in chosen)
+        n_rows, prompt, completion = map(max, zip(*shapes, shape, strict=True))
+        keys = sum(n * (p + c) for n, p, c in (*shapes, shape))
+        padded = (len(shapes) + 1) * n_rows * (prompt + completion)
+        unlike = packed and padded > max(2 * keys, 4 * max_tokens)
         # Separate rows are padded to the first of their pass, which is the longest.
         needed = tokens if packed else longest
-        if not passes or used + needed > max_tokens:
+        if not passes or unlike or used + needed > max_tokens:
             passes.append([])
-            used, longest, needed = 0, tokens, tokens
+            used, longest, needed, shapes = 0, tokens, tokens, []
         passes[-1].append((b, chosen))
+        shapes.append(shape)
         used += needed
     return passes
 
@@ -1467,7 +1476,7 @@ def digit_ids(tokenizer) -> list[int]:
     words = [tokenizer.decode([row[-1]]).strip() for row in rows]
     if words != list("0123456789") or any(row[:-1] != rows[0][:-1] for row in rows):
         raise ValueError("--answer direct reads one digit a document, and this model's tokenizer"
-                         f" does not write every digit as one token: {words}")
+                         f" does not write every digit as one token of its own: {words}")
     return [row[-1] for row in rows]
 
 
@@ -1500,12 +1509,13 @@ def digit_targets(scores: Tensor) -> Tensor:
 def direct_passes(items: Sequence[Item], share: Callable, model,
                   max_tokens: int) -> list[list[int]]:
     """This process's rows of a batch in passes; the branches of a row are never split."""
-    n_prompts = [1 if shares_prompts(model) else len(item.branches) for item in items]
-    sizes = [n * len(item.prompt) + sum(map(len, item.branches))
-             for n, item in zip(n_prompts, items, strict=True)]
-    mine = set(share(sizes))
-    whole = [[size] if b in mine else [] for b, size in enumerate(sizes)]
-    passes = plan_passes([0] * len(items), whole, max_tokens, packed=True)
+    prompts, lengths = [len(i.prompt) for i in items], [[*map(len, i.branches)] for i in items]
+    if not shares_prompts(model):  # each branch is a row, with the prompt in front
+        lengths = [[len(own) * p + sum(own)] for p, own in zip(prompts, lengths, strict=True)]
+        prompts = [0] * len(items)
+    mine = set(share([p + sum(own) for p, own in zip(prompts, lengths, strict=True)]))
+    lengths = [own if b in mine else [] for b, own in enumerate(lengths)]
+    passes = plan_passes(prompts, lengths, max_tokens, packed=True, whole=True)
     return [[b for b, _ in chunk] for chunk in passes]
 
 
@@ -1550,6 +1560,8 @@ def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, sha
                 if reference is not None:
                     part.ref_logp = reference(part.blocks).gather(1, part.digits)
             sums.update(descend(optimizer, part, digit_logp.gather(1, part.digits), cfg))
+            entropy = -(digit_logp.exp() * digit_logp).sum().item()  # of N distributions
+            sums.update(entropy=entropy * part.digits.shape[1])
         numbers = move(optimizer, lr)
     return Step(sums, numbers, rewards=rewards)
 
@@ -1675,7 +1687,8 @@ class Completion:
     hopeless: bool = False  # an error that the same prompt would meet again
     sampled: tuple[Sampled, ...] = ()  # several answers in tokens, instead of one in text
     scores: Sequence[float | None] | None = None  # of direct scoring, instead of a text
-    missing: float = 0.0  # the probability that a server's answer gave to no digit
+    missing: float = 0.0  # the probability that a server gave to no digit
+    failed: tuple[str, ...] = ()  # errors of a group's documents, while others have scores
 
 
 @dataclass
@@ -1741,7 +1754,9 @@ def count_answer(completion: Completion, method: Method, n_docs: int, counts: Co
         return Answer(None, TAG_FAULT)
     if completion.scores is not None:
         counts["direct"] += 1
-        counts["missing"] += completion.missing
+        counts["mass of no digit"] += completion.missing
+        counts["failed requests"] += len(completion.failed)
+        counts.update(f"error: {error[:200]}" for error in completion.failed)
         answer = Answer(list(completion.scores), "ok")
     else:
         text = completion.text
@@ -2633,7 +2648,9 @@ class LocalModel:
         for (i, group), rows in zip(groups.items(), found, strict=True):
             n_tokens = sum(map(len, group))
             answers[i] = Completion("", error="out of memory", hopeless=True)
-            if rows and self.digits:
+            if rows and self.digits and not np.isfinite(rows).all():
+                answers[i] = Completion("", error="scores that are no numbers", hopeless=True)
+            elif rows and self.digits:
                 answers[i] = Completion("", prompt_tokens=n_tokens, scores=rows)
             elif rows:
                 cut = rows[0][-1] not in self.end_ids
@@ -2708,27 +2725,30 @@ class Endpoint:
     def score(self, chats: Sequence[Chat], texts: Sequence[Sequence[str]]) -> list[Completion]:
         """Direct scores: one token a document, whose probabilities are read.
 
-        The requests of a group follow one another, so that the server's prefix cache pays.
+        The requests of a group wait for one another, so that the server's prefix cache pays.
         """
-        found = iter(self.ask_all([
-            {"model": self.model, "messages": chat_messages(chat.prompt, chat.query, own, branch),
-             "max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 20,
-             "add_generation_prompt": False, "continue_final_message": True,
-             "seed": seed_of_request(chat.seed)}
-            for chat, own in zip(chats, texts, strict=True) for branch in range(len(own))]))
-        answers = []
-        for own in texts:
-            group = list(itertools.islice(found, len(own)))
-            told = [one.scores for one in group if one.scores]  # one score each, or none in time
+        found, answers = self.ask_all([
+            [{"model": self.model, "messages": chat_messages(chat.prompt, chat.query, own, branch),
+              "max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 20,
+              "add_generation_prompt": False, "continue_final_message": True,
+              "seed": seed_of_request(chat.seed)} for branch in range(len(own))]
+            for chat, own in zip(chats, texts, strict=True)]), []
+        for group in found:
+            told = [one for one in group if one.scores]  # of one document each
+            failed = tuple(one.error for one in group if one.error)
+            missing = sum(one.missing for one in told) / max(len(told), 1)
             answers.append(Completion(
                 group[0].text, False, sum(one.prompt_tokens for one in group), len(told),
-                "" if told else group[0].error, hopeless=True,
+                "" if told else group[0].error, True,
                 scores=[one.scores[0] if one.scores else None for one in group],
-                missing=sum(one.missing for one in group) / len(group)))
+                missing=missing, failed=failed))
         return answers
 
-    def ask_all(self, bodies: Sequence[dict]) -> list[Completion]:
-        """Send all requests, `concurrency` at a time; results are in their order."""
+    def ask_all(self, bodies: Sequence[dict | list[dict]]) -> list:
+        """Send all requests, `concurrency` at a time, those of a list one after another.
+
+        Results are in their order.
+        """
         stop, answers = threading.Event(), [concurrent.futures.Future() for _ in bodies]
         todo = zip(answers, bodies, strict=True)
 
@@ -2736,7 +2756,9 @@ class Endpoint:
             """Ask until nothing is left."""
             for answer, body in todo:
                 try:
-                    answer.set_result(self.ask(body, stop))
+                    one = isinstance(body, dict)
+                    answer.set_result(self.ask(body, stop) if one else
+                                      [self.ask(part, stop) for part in body])
                 except ValueError as error:
                     answer.set_exception(error)
                 finally:
@@ -2846,7 +2868,9 @@ class Endpoint:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         n_prompt, n_answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if "top_logprobs" in body:
-            told = choice["logprobs"]["content"][0]["top_logprobs"]
+            told = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
+            if not told:
+                raise NoAnswer("an answer without top_logprobs, which --answer direct needs")
             score, missing = read_digit([(one["token"], one["logprob"]) for one in told])
             return Completion(repr([one["token"] for one in told]), False, int(n_prompt or 0),
                               int(n_answer or 0), scores=(score,), missing=missing)
@@ -2878,7 +2902,9 @@ def read_digit(told: Sequence[tuple[str, float]]) -> tuple[float | None, float]:
         if re.fullmatch("[0-9]", token.strip()):
             mass[int(token)] += math.exp(logp)
     total = float(mass.sum())
-    return (float(mass @ np.arange(10)) / total * 10 / 9 if total else None), 1 - total
+    if not 0 < total < 1.01:  # no digit, or numbers that are no probabilities
+        return None, 1.0
+    return float(mass @ np.arange(10)) / total * 10 / 9, max(1 - total, 0.0)
 
 
 class RolloutServers(Endpoint):
@@ -3090,9 +3116,13 @@ def check_packing(policy: Policy, machine: Machine, prompt: list[int]) -> None:
     config._attn_implementation = "sdpa"
     rows, _ = completion_logprobs(policy, blocks, packed=False)
     gap = (packed - rows).abs().mean().item()
-    # Half precision rounds every matrix product, and the two paths reduce in different orders: 0.06
-    # to 0.19 for a 135M model in bfloat16. A wrong mask makes a gap of 1 and more.
-    if gap <= (1e-4 if machine.dtype == torch.float32 else 0.5):  # NaN is no match
+    limit = 1e-4
+    if machine.dtype != torch.float32:
+        # Half precision rounds every product: 0.06 to 0.19 a token for a 135M model in bfloat16.
+        # How much the prompt matters is the measure, as a wrong mask hides it or parts of it.
+        blind, _ = completion_logprobs(policy, [(prompt[-1:], blocks[0][1])], packed=False)
+        limit = 0.25 * (blind - rows).abs().mean().item()
+    if gap <= limit:  # NaN is no match
         config._attn_implementation = SHARED
     else:
         print(f"note: packed and separate rows differ by {gap:.2g} a token; prompts are not shared")
@@ -3247,17 +3277,25 @@ def reward_numbers(rewards: Sequence[Sequence[Reward]]) -> dict:
     totals = np.array([[r.total for r in row] for row in rewards])  # (B, G)
     parts = {f"reward/{name}": [getattr(r, name) for r in flat]
              for name in ("ndcg", "recall", "alignment")}
-    columns = {"reward": totals, **parts, "format_ok": [r.status == "ok" for r in flat],
-               "zero_spread": np.ptp(totals, axis=1) < 1e-8}
+    columns = {
+        "reward": totals,
+        **parts,
+        "format_ok": [r.status == "ok" for r in flat],
+        "zero_spread": np.ptp(totals, axis=1) < 1e-8,
+    }
     return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
 def answer_numbers(answers: Sequence[Sequence[Sampled]], end_ids: Sequence[int]) -> dict:
     """Lengths of the answers of a batch, for the log."""
     ids = [answer.ids for row in answers for answer in row]
-    return {"completion_tokens": float(np.mean([len(a) for a in ids])),
-            "truncated": float(np.mean([a[-1] not in end_ids for a in ids])),
-            "n_tokens": sum(map(len, ids))}
+    lengths = list(map(len, ids))
+    cut = [answer[-1] not in end_ids for answer in ids]
+    return {
+        "completion_tokens": float(np.mean(lengths)),
+        "truncated": float(np.mean(cut)),
+        "n_tokens": sum(lengths),
+    }
 
 
 def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, reference,
@@ -3322,8 +3360,8 @@ def keep_best(run: Run, stage: str, n_steps: int) -> None:
         mine = my_share([len(item.prompt) for item in items])
         scores = run.local.score([(items[i].prompt, items[i].branches) for i in mine])
         found = [pair for part in gather(list(zip(mine, scores, strict=True))) for pair in part]
-        rewards = [run.reward_rows([scores or [0.0] * len(items[i].gold)], items[i].gold)[0]
-                   for i, scores in sorted(found)]
+        rewards = [run.reward_rows([scores], items[i].gold)[0] if scores else
+                   Reward(0.0, TAG_FAULT) for i, scores in sorted(found)]
     else:
         answers = run.answer([item.prompt for item in items], [[(0,)]] * len(items),
                              temperature=0.0)
@@ -3473,7 +3511,7 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
     if "task" not in before:
         raise ValueError(f"{out} was written by an older edition, whose runs cannot be continued;"
                          " start a new --out")
-    refuse_change(out, before["task"], record["task"])
+    refuse_change(out, {"answer": "reason"} | before["task"], record["task"])
     if before["versions"] != record["versions"]:
         print(f"note: the end may not be bit-identical: the run was started with"
               f" {before['versions']}")
@@ -3485,7 +3523,8 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
 
 def describe_run(run: Run, counts: Counter) -> None:
     """Say what is about to happen, in sizes that would show a wrong setting."""
-    cfg, encoder, tokens = run.cfg, run.local.encoder, [len(item.prompt) for item in run.items]
+    cfg, encoder = run.cfg, run.local.encoder
+    tokens = [len(item.prompt) + sum(map(len, item.branches)) for item in run.items]
     print(f"model: {cfg.model}, {run.model.num_parameters():,} parameters, training "
           + (f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all of them")
           + f" on {processes()[1]} x {run.local.machine.device} in {run.local.machine.dtype}\n"
@@ -3522,9 +3561,14 @@ def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates
         worst = next(key for key in own if key.startswith("error: "))
         raise ValueError(f"none of {n_calls} calls was answered; the first {worst}")
     if n_calls and n_unread + own["errors"] == n_calls:
-        raise UnreadableAnswers(
-            f"none of {n_calls} answers could be read; one begins with {start}. Is the model"
-            " trained for this prompt, or does it think, and --max-new-tokens ends it first?")
+        why = "does it think, and --max-new-tokens ends it first?"
+        if own["direct"]:
+            why = "does the server go on from where the answer begins (continue_final_message)?"
+        raise UnreadableAnswers(f"none of {n_calls} answers could be read; one begins with {start}."
+                                f" Is the model trained for this prompt, or {why}")
+    if own["mass of no digit"] > own["direct"] / 2:
+        print_once("warning: after most documents the server's likeliest token is no digit: does it"
+                   " go on from where the answer begins (continue_final_message)?")
     if n_unread > n_calls / 2:
         print_once(f"warning: {n_unread} of {n_calls} answers could not be read; one begins with"
                    f" {start}")
@@ -3581,24 +3625,37 @@ def load_backend(cfg: Config) -> Endpoint | LocalModel:
     return LocalModel(*load_model(cfg.model, machine), machine, cfg)
 
 
+def read_meta(model: str | None) -> dict:
+    """The meta.json of a model that was trained here; {} of any other."""
+    file = Path(model or ".", "meta.json")
+    if not model or not file.is_file():
+        return {}
+    with evaluate.numbered_lines(file) as lines:
+        return dict(json.loads("".join(lines)))
+
+
+def warn_of_answer(cfg: Config, meta: dict) -> bool:
+    """Whether a model answers as it was trained to; warns if not."""
+    trained = meta.get("answer", "reason") if meta else cfg.answer
+    if cfg.answer != trained:
+        print_once(f"warning: {cfg.model} was trained for --answer {trained}, not {cfg.answer}")
+    return cfg.answer == trained
+
+
 def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     """Defaults, then what the model's meta.json says, then what was given.
 
     A prompt file that is not the wording the model was trained with is used, with a warning.
     """
-    file, meta = Path(given.get("model") or ".", "meta.json"), {}
-    if given.get("model") and file.is_file():
-        with evaluate.numbered_lines(file) as lines:
-            meta = dict(json.loads("".join(lines)))
+    meta = read_meta(given.get("model"))
     cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
-    prompt, trained = default_prompt(cfg), meta.get("answer", "reason")
-    if meta and cfg.answer != trained:
-        print_once(f"warning: {cfg.model} was trained for --answer {trained}, not {cfg.answer}")
-    elif "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
+    prompt = default_prompt(cfg)
+    same = warn_of_answer(cfg, meta)
+    if same and "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
         prompt = Prompt(**{"document": UNSAID} | meta["prompt"])
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
-    if cfg.answer == trained and meta.get("prompt_hash", prompt.hash) != prompt.hash:
+    if same and meta.get("prompt_hash", prompt.hash) != prompt.hash:
         print_once(f"warning: {cfg.model} was trained with prompt {meta['prompt_hash']}, this one"
                    f" is {prompt.hash}: another wording can cost points silently")
     return cfg, prompt
@@ -3665,17 +3722,17 @@ def write_reranked(out: Path, batches: Sequence[dict], record: dict) -> None:
 
 def describe_counts(counts: Counter) -> str:
     """One line on what the model's answers were like."""
-    faults = [f", {counts[s]} {s}" for s in (*STATUSES[:-1], "truncated", "errors") if counts[s]]
-    errors = [f"\n{n} x {key}" for key, n in counts.items() if key.startswith("error: ")]
-    if counts["direct"]:
-        missing = counts["missing"] / counts["direct"]
-        return (f"{counts['direct']} groups scored directly{''.join(faults)};"
-                f" {counts['unscored documents']} documents kept their first-stage place"
-                + f"; probability of no digit: {missing:.2g}" * (missing > 0) + "".join(errors))
-    return (f"{counts['calls']} answers: {counts['ok']} ok{''.join(faults)};"
-            f" {counts['failed groups']} groups unusable after all tries,"
-            f" {counts['unscored documents']} documents kept their first-stage place"
-            + "".join(errors))
+    faults = "".join(f", {counts[s]} {s}" for s in (*STATUSES[:-1], "truncated", "errors")
+                     if counts[s])
+    errors = "".join(f"\n{n} x {key}" for key, n in counts.items() if key.startswith("error: "))
+    kept = f"{counts['unscored documents']} documents kept their first-stage place"
+    if not counts["direct"]:
+        return (f"{counts['calls']} answers: {counts['ok']} ok{faults};"
+                f" {counts['failed groups']} groups unusable after all tries, {kept}{errors}")
+    missing = counts["mass of no digit"] / counts["direct"]
+    told = f"; probability of no digit: {missing:.2g}" if missing > 0 else ""
+    lost = f", {counts['failed requests']} failed requests" if counts["failed requests"] else ""
+    return f"{counts['direct']} groups scored directly{faults}{lost}; {kept}{told}{errors}"
 
 
 class GroupRanker:
@@ -4094,6 +4151,7 @@ def train_model(given: dict) -> None:
         raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
     else:
         prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else default_prompt(cfg)
+        warn_of_answer(cfg, read_meta(cfg.model))
         train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
 
 

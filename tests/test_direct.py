@@ -101,6 +101,14 @@ def test_the_order_of_the_branches_changes_no_score():
     assert (scores[0] - scores[1].flip(0)).abs().max() < 1e-12
 
 
+def test_the_ten_logits_are_in_float32_whatever_the_model_is_in():
+    policy, groups = policy_of(dtype=torch.float32), groups_of()
+    exact = grouprank.digit_logprobs(policy, groups, DIGITS)
+    policy.autocast = grouprank.pick_machine("cpu", "bf16").autocast
+    found = grouprank.digit_logprobs(policy, groups, DIGITS)
+    assert found.dtype == torch.float32 and 0 < (found - exact).abs().max() < 0.2
+
+
 def test_the_score_is_ten_ninths_of_the_expected_digit():
     sure, torn = torch.full((10,), -1e9), torch.full((10,), -1e9)
     sure[9], torn[[4, 5]] = 0.0, math.log(0.5)
@@ -233,6 +241,12 @@ def test_a_pass_never_splits_the_branches_of_a_row():
     assert grouprank.direct_passes(items, everything, model, 1) == [[0], [2], [1]]
     assert grouprank.direct_passes(items, everything, model, 1000) == [[0, 2, 1]]
     assert grouprank.direct_passes(items, lambda sizes: [2], model, 1000) == [[2]]
+
+
+def test_prompts_of_unlike_shapes_share_no_row():
+    """Attention pads them: one long prompt beside twenty short ones would cost twenty long ones."""
+    passes = grouprank.plan_passes([2400] + [24] * 20, [[16] * 8] * 21, 6000, packed=True)
+    assert [[b for b, _ in chunk] for chunk in passes] == [[0, 1], list(range(2, 21))]
 
 
 # --- GRPO -----------------------------------------------------------------------------------------
@@ -444,6 +458,48 @@ def test_both_stages_train_and_the_model_remembers_how_it_answers(folder, tmp_pa
     assert again.prompt == grouprank.METHODS["groupwise"].prompt
 
 
+def test_the_weights_of_the_reward_are_those_of_the_options(folder, tmp_path):
+    trained(folder, tmp_path / "out", stage="grpo", ndcg_weight=0.0, recall_weight=0.0, align_weight=2.0)
+    rows = [row for row in lines(tmp_path / "out") if "reward" in row]
+    assert rows and all(row["reward"] == pytest.approx(2 * row["reward/alignment"]) for row in rows)
+    assert all(0 < row["entropy"] < math.log(10) + 1e-6 for row in rows)
+
+
+def test_held_out_rows_are_measured_by_their_own_scores(folder, tmp_path):
+    run = trained(folder, tmp_path / "out", stage="sft")
+    run.eval_items = items_of(groups_of())
+    gold = {tuple(item.prompt): list(item.gold) for item in run.eval_items}
+    run.local.score = lambda groups: [gold[tuple(prompt)] for prompt, _ in groups]
+    run.best = 0.0
+    grouprank.keep_best(run, "sft", 1)
+    assert run.best == pytest.approx(1.0)
+    run.local.score = lambda groups: [[] for _ in groups]  # none fits into memory
+    run.best = -1.0
+    grouprank.keep_best(run, "sft", 1)
+    assert run.best == 0.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_branches_that_do_not_see_their_prompt_are_found_out(folder, tmp_path, monkeypatch, capsys, precision):
+    def blind(query, key, value, *_):
+        return grouprank.causal_attention(query, key, value, 1.0)
+
+    trained(folder, tmp_path / "right", stage="sft", precision=precision)
+    assert "packed and separate rows differ" not in capsys.readouterr().out
+    monkeypatch.setattr(grouprank, "attend_completions", blind)
+    trained(folder, tmp_path / "wrong", stage="sft", precision=precision)
+    assert "packed and separate rows differ" in capsys.readouterr().out
+
+
+def test_a_run_that_was_begun_for_reasoning_is_not_resumed_directly(folder, tmp_path):
+    trained(folder, tmp_path / "out", stage="sft")
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    del record["task"]["answer"]  # as a run of before has it
+    (tmp_path / "out/run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="was begun with answer 'reason', not 'direct'"):
+        trained(folder, tmp_path / "out", stage="sft", resume=True)
+
+
 class Stopped(Exception):
     """Stands for a kill in the middle of a step."""
 
@@ -489,6 +545,14 @@ def test_what_has_no_direct_form_is_refused(folder, tmp_path):
         grouprank.train(settings(folder, data=bare, eval_data=""), PROMPT, tmp_path / "out")
     with pytest.raises(ValueError, match='no row has "scores", which GRPO needs'):
         grouprank.train(settings(folder, data=bare, eval_data="", stage="grpo"), PROMPT, tmp_path / "o2")
+
+
+def test_training_a_model_to_answer_otherwise_warns(folder, tmp_path, capsys):
+    trained(folder, tmp_path / "direct", stage="sft")
+    grouprank.train_model({"model": str(tmp_path / "direct"), "data": str(folder / "rows.jsonl"), "stage": "sft",
+                           "out": str(tmp_path / "other"), "max_new_tokens": 80, "sft_epochs": 1.0, "device": "cpu",
+                           "max_prompt_tokens": 2000, "lora_rank": 0})  # fmt: skip
+    assert "was trained for --answer direct, not reason" in capsys.readouterr().err
 
 
 def test_more_rollouts_are_the_default_where_they_are_free():
@@ -556,7 +620,7 @@ def test_a_server_gives_the_scores_of_the_local_model(sure_model, folder, tmp_pa
     out, model, tokenizer = sure_model
     prompt_file = tmp_path / "prompt.txt"
     prompt_file.write_text(f"{PROMPT.system}\n---\n{PROMPT.user}\n---\n{PROMPT.document}")
-    documents = ["yes ", "yes yes ", "yes yes yes "]
+    documents = ["yes ", "yes yes ", "yes <|im_end|> yes yes "]
     options = {"docs_per_group": 3, "rounds": 2, "prompt_file": str(prompt_file)}
     local = grouprank.GroupRanker.from_pretrained(str(out), device="cpu", **options)
     with DigitServer(model, tokenizer) as server:
@@ -566,10 +630,12 @@ def test_a_server_gives_the_scores_of_the_local_model(sure_model, folder, tmp_pa
         found, counts = remote.rank_with_reasons("which?", documents)
     assert found.means == pytest.approx(expected.means, abs=1e-3) and found.order == expected.order
     assert len(server.bodies) == 6 and counts["direct"] == 2
-    assert 0 < counts["missing"] / 2 < 1e-4
+    assert 0 < counts["mass of no digit"] / 2 < 1e-4
     users = [body["messages"][-2]["content"] for body in server.bodies]
     assert users[:3] == [users[0]] * 3 and users[3:] == [users[3]] * 3  # a group's follow one another
-    assert [body["messages"][-1]["content"][:3] for body in server.bodies[:3]] == ["[1]", "[2]", "[3]"]
+    branches = [body["messages"][-1]["content"] for body in server.bodies]
+    assert [branch[:3] for branch in branches[:3]] == ["[1]", "[2]", "[3]"]
+    assert not any("<|im_end|>" in branch for branch in branches)
 
 
 def test_the_probability_of_no_digit_is_reported_and_no_digit_is_no_score():
@@ -578,8 +644,47 @@ def test_the_probability_of_no_digit_is_reported_and_no_digit_is_no_score():
     assert score == pytest.approx((3 * 0.4 + 9 * 0.2) / 0.6 * 10 / 9)
     assert missing == pytest.approx(0.4)
     assert grouprank.read_digit([("x", -0.1), ("٣", -0.1)]) == (None, 1.0)
-    words = grouprank.describe_counts(grouprank.Counter({"direct": 2, "missing": 0.5, "calls": 2}))
-    assert "2 groups scored directly" in words and "probability of no digit: 0.25" in words
+    for odd in (math.nan, math.inf, 0.7):  # no probabilities
+        assert grouprank.read_digit([("3", odd), ("4", -1.0)]) == (None, 1.0)
+    words = grouprank.describe_counts(grouprank.Counter({"direct": 2, "mass of no digit": 0.5, "calls": 2}))
+    assert words == ("2 groups scored directly; 0 documents kept their first-stage place;"
+                     " probability of no digit: 0.25")  # fmt: skip
+
+
+@pytest.mark.parametrize("logprobs", [None, {}, {"content": None}, {"content": []}])
+def test_a_server_without_log_probabilities_is_given_up_at_once(logprobs):
+    class Silent(LocalServer):
+        def post(self, handler, body):
+            choice = {"message": {"content": "7"}, "finish_reason": "length", "logprobs": logprobs}
+            handler.send(200, json.dumps({"choices": [choice]}).encode())
+
+    with Silent() as server:
+        ranker = grouprank.GroupRanker.from_pretrained("name", endpoint=server.url, answer="direct")
+        ranker.backend.backoff_s = 0.01
+        with pytest.raises(ValueError, match="an answer without top_logprobs"):
+            ranker.rank("which?", ["yes", "no"])
+
+
+def test_failed_requests_of_a_group_are_counted_and_their_documents_unscored(sure_model):
+    class Picky(DigitServer):
+        def post(self, handler, body):
+            if body["messages"][-1]["content"].startswith("[2]"):
+                return handler.send(400, b'{"error": "too long"}')
+            return super().post(handler, body)
+
+    with Picky(*sure_model[1:]) as server:
+        ranker = grouprank.GroupRanker.from_pretrained("name", endpoint=server.url, answer="direct")
+        ranking, counts = ranker.rank_with_reasons("which?", ["yes ", "yes yes ", "yes yes yes "])
+    assert ranking.means.count(None) == 1 and counts["unscored documents"] == 1
+    assert counts["failed requests"] == counts["error: HTTP 400"] == 1
+    assert "1 groups scored directly, 1 failed requests; 1 documents kept" in grouprank.describe_counts(counts)
+
+
+def test_scores_that_are_no_numbers_are_an_error(folder):
+    ranker = grouprank.GroupRanker.from_pretrained(str(folder / "model"), answer="direct", device="cpu")
+    ranker.backend.model.model.norm.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="scores that are no numbers"):
+        ranker.rank("which?", ["yes", "no"])
 
 
 def test_a_server_that_never_returns_a_digit_ranks_nothing(sure_model):

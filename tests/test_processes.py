@@ -171,6 +171,9 @@ def test_weights_after_five_steps_do_not_depend_on_the_number_of_processes(folde
     assert others and all(same_weights(out, folder / f"{name}-1") for out in others)
     lines = [json.loads(line) for line in (folder / f"{name}-1/metrics.jsonl").open()]
     assert len(lines) == 5 and all(line["grad_norm"] > 1e-3 for line in lines)  # they move
+    for out in others:
+        for line, other in zip(lines, map(json.loads, (out / "metrics.jsonl").open()), strict=True):
+            assert other.get("reward") == pytest.approx(line.get("reward"))
 
 
 @pytest.mark.parametrize("name", REAL)
