@@ -1506,14 +1506,15 @@ def digit_targets(scores: Tensor) -> Tensor:
     return (1 - (0.9 * scores[:, None] - torch.arange(10.0).to(scores)).abs()).clamp(min=0)
 
 
-def direct_passes(items: Sequence[Item], share: Callable, model,
+def direct_passes(blocks: Sequence[Block], share: Callable, model,
                   max_tokens: int) -> list[list[int]]:
-    """This process's rows of a batch in passes; the branches of a row are never split."""
-    prompts, lengths = [len(i.prompt) for i in items], [[*map(len, i.branches)] for i in items]
+    """This process's groups of a batch in passes; the branches of a prompt are never split."""
+    prompts = [len(prompt) for prompt, _ in blocks]
+    lengths = [list(map(len, branches)) for _, branches in blocks]
     if not shares_prompts(model):  # each branch is a row, with the prompt in front
         lengths = [[len(own) * p + sum(own)] for p, own in zip(prompts, lengths, strict=True)]
-        prompts = [0] * len(items)
-    mine = set(share([p + sum(own) for p, own in zip(prompts, lengths, strict=True)]))
+        prompts = [0] * len(blocks)
+    mine = share([p + sum(own) for p, own in zip(prompts, lengths, strict=True)])
     lengths = [own if b in mine else [] for b, own in enumerate(lengths)]
     passes = plan_passes(prompts, lengths, max_tokens, packed=True, whole=True)
     return [[b for b, _ in chunk] for chunk in passes]
@@ -1525,12 +1526,13 @@ def direct_sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[
 
     As in sft_step, no split into passes can change the gradient.
     """
-    n_docs, sums = sum(len(item.branches) for item in items), Counter(loss=0.0)
+    blocks = [(item.prompt, item.branches) for item in items]
+    n_docs, sums = sum(len(branches) for _, branches in blocks), Counter(loss=0.0)
     policy.model.train()  # gradient checkpointing works in this mode alone
-    for chosen in direct_passes(items, share, policy.model, max_tokens_per_pass):
-        part = [items[b] for b in chosen]
-        logp = digit_logprobs(policy, [(i.prompt, i.branches) for i in part], digits)  # (N, 10)
-        targets = digit_targets(torch.tensor([g for item in part for g in item.labels]).to(logp))
+    for chosen in direct_passes(blocks, share, policy.model, max_tokens_per_pass):
+        logp = digit_logprobs(policy, [blocks[b] for b in chosen], digits)  # (N, 10)
+        labels = torch.tensor([score for b in chosen for score in items[b].labels])
+        targets = digit_targets(labels.to(logp))
         loss = -(targets * logp).sum() / n_docs
         optimizer.backward(loss)
         sums.update(loss=loss.item())
@@ -1546,8 +1548,9 @@ def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, sha
     G score vectors, whose format is always right; reference(blocks) gives (N, 10) for N documents,
     or is None; all else is as in grpo_step.
     """
-    chunks = direct_passes(items, share, policy.model, cfg.max_tokens_per_pass)
-    passes = [Pass([(items[b].prompt, items[b].branches) for b in chunk]) for chunk in chunks]
+    blocks = [(item.prompt, item.branches) for item in items]
+    chunks = direct_passes(blocks, share, policy.model, cfg.max_tokens_per_pass)
+    passes = [Pass([blocks[b] for b in chunk]) for chunk in chunks]
     policy.model.train()  # gradient checkpointing works in this mode alone
     rewards = []
     for update in range(cfg.updates_per_batch):
@@ -2617,8 +2620,7 @@ class LocalModel:
     def score(self, groups: Sequence[Block]) -> list[list[float]]:
         """Direct scores of the branches of each prompt; none where one does not fit."""
         policy, n_tokens = Policy(self.model, self.machine.autocast), default_pass(self.machine)
-        items = [Item("", prompt, None, None, branches) for prompt, branches in groups]
-        waves = direct_passes(items, lambda sizes: range(len(sizes)), self.model, n_tokens)
+        waves = direct_passes(groups, lambda sizes: range(len(sizes)), self.model, n_tokens)
         bar = tqdm(total=len(groups), desc="groups", disable=None, leave=False)
 
         def work(wave: list[int]) -> list[list[float]]:
@@ -2727,21 +2729,25 @@ class Endpoint:
 
         The requests of a group wait for one another, so that the server's prefix cache pays.
         """
-        found, answers = self.ask_all([
-            [{"model": self.model, "messages": chat_messages(chat.prompt, chat.query, own, branch),
-              "max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 20,
-              "add_generation_prompt": False, "continue_final_message": True,
-              "seed": seed_of_request(chat.seed)} for branch in range(len(own))]
-            for chat, own in zip(chats, texts, strict=True)]), []
-        for group in found:
+        jobs, answers = [], []
+        for chat, own in zip(chats, texts, strict=True):
+            messages = [chat_messages(chat.prompt, chat.query, own, k) for k in range(len(own))]
+            asked = {"model": self.model, "max_tokens": 1, "temperature": 1.0, "logprobs": True,
+                     "top_logprobs": 20, "add_generation_prompt": False,
+                     "continue_final_message": True, "seed": seed_of_request(chat.seed)}
+            jobs.append([asked | {"messages": own} for own in messages])
+        for group in self.ask_all(jobs):
             told = [one for one in group if one.scores]  # of one document each
-            failed = tuple(one.error for one in group if one.error)
-            missing = sum(one.missing for one in told) / max(len(told), 1)
             answers.append(Completion(
-                group[0].text, False, sum(one.prompt_tokens for one in group), len(told),
-                "" if told else group[0].error, True,
+                group[0].text,
+                prompt_tokens=sum(one.prompt_tokens for one in group),
+                completion_tokens=len(told),
+                error="" if told else group[0].error,
+                hopeless=True,
                 scores=[one.scores[0] if one.scores else None for one in group],
-                missing=missing, failed=failed))
+                missing=sum(one.missing for one in told) / max(len(told), 1),
+                failed=tuple(one.error for one in group if one.error),
+            ))
         return answers
 
     def ask_all(self, bodies: Sequence[dict | list[dict]]) -> list:
@@ -3154,7 +3160,8 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
             if not digits:
                 grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
             else:
-                held = reference and reference(blocks)  # noqa: F841
+                if reference is not None:
+                    reference(blocks)
                 optimizer.backward(0 * digit_logprobs(run.policy, blocks, digits).sum())
             return n_tokens
         except torch.OutOfMemoryError:
@@ -4040,8 +4047,13 @@ def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None
     tied = [evaluate.ndcg([np.mean(gold)] * len(gold), gold) for gold in labels]
     results = {"random": float(np.mean(tied)),
                "bm25": mean_ndcg(qrels, evaluate.read_run(folder / "first.run"))}
-    models = {"untrained": folder / "untrained", "sft": out / "sft", "sft+grpo": out,
-              "direct-sft": out / "direct" / "sft", "direct": out / "direct"}
+    models = {
+        "untrained": folder / "untrained",
+        "sft": out / "sft",
+        "sft+grpo": out,
+        "direct-sft": out / "direct" / "sft",
+        "direct": out / "direct",
+    }
     for name, path in models.items():
         if (path / "config.json").is_file():
             changes = DEMO_DIRECT if name.startswith("direct") else {}

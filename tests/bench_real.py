@@ -84,7 +84,7 @@ GRADES = {0: 0, 1: 3, 2: 6, 3: 8, 4: 10}
 DEVICES = {  # tokens of a document, groups a step, precision
     "cpu": {"max_doc_tokens": 64, "batch": 8, "precision": "bf16"},
     "cuda": {"max_doc_tokens": 256, "batch": 32, "precision": "bf16"}}  # fmt: skip
-LEARNING = "--sft-lr 2e-4 --grpo-lr 5e-5 --rollouts-per-prompt 64".split()
+LEARNING = "--lora-rank 0 --sft-lr 1e-4 --grpo-lr 1e-5 --kl-coef 0.05 --rollouts-per-prompt 64".split()
 RETRIEVER = "--epochs 1 --batch 32 --hard-negatives 1 --lr 2e-5 --contrast-temperature 0.05".split()
 DEV_EVERY, EVALUATIONS, WEIGHTS = 5, 6, [w / 10 for w in range(11)]
 
@@ -256,9 +256,10 @@ def ranknet_step(policy, optimizer, share, items, lr, digits, max_tokens_per_pas
              for item in items]
     n_pairs, loss_sum = max(sum(map(len, pairs)), 1), 0.0
     policy.model.train()
-    for chosen in grouprank.direct_passes(items, share, policy.model, max_tokens_per_pass):
-        blocks = [(items[b].prompt, items[b].branches) for b in chosen]
-        scores = grouprank.expected_scores(grouprank.digit_logprobs(policy, blocks, digits))
+    blocks = [(item.prompt, item.branches) for item in items]
+    for chosen in grouprank.direct_passes(blocks, share, policy.model, max_tokens_per_pass):
+        logp = grouprank.digit_logprobs(policy, [blocks[b] for b in chosen], digits)
+        scores = grouprank.expected_scores(logp)
         loss, start = 0 * scores.sum(), 0
         for b in chosen:
             if pairs[b]:
@@ -267,7 +268,7 @@ def ranknet_step(policy, optimizer, share, items, lr, digits, max_tokens_per_pas
             start += len(items[b].branches)
         optimizer.backward(loss)
         loss_sum += loss.item()
-    return grouprank.Step(Counter(loss=loss_sum), grouprank.step_numbers(items, optimizer, lr))
+    return grouprank.Step(Counter(loss=loss_sum), grouprank.move(optimizer, lr))
 
 
 def key_alone(prompt, texts):
@@ -408,7 +409,7 @@ def run_ablations(args, world, out, model, seed):
     for name in args.ablation:
         changed = copy.copy(args)
         changed.pointwise = name == "pointwise"
-        changed.more = args.more + ["--sft-lr", "4e-4"] * (name == "twice-lr")
+        changed.more = args.more + ["--sft-lr", "2e-4"] * (name == "twice-lr")
         with ABLATIONS[name]():
             pace = measure_steps(changed, world, out, model, "sft")
             train_for(changed, world, out / name, "sft", model, seed, 60 * args.minutes, pace)

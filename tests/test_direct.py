@@ -237,7 +237,7 @@ def test_the_split_into_passes_changes_neither_loss_nor_gradient(shared):
 
 
 def test_a_pass_never_splits_the_branches_of_a_row():
-    items, model = items_of(groups_of()), policy_of().model
+    items, model = groups_of(), policy_of().model
     assert grouprank.direct_passes(items, everything, model, 1) == [[0], [2], [1]]
     assert grouprank.direct_passes(items, everything, model, 1000) == [[0, 2, 1]]
     assert grouprank.direct_passes(items, lambda sizes: [2], model, 1000) == [[2]]
