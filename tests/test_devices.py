@@ -78,7 +78,7 @@ def test_both_stages_train_in_every_precision_and_the_model_reranks(
     path, moved = write_rows(tmp_path / "rows.jsonl", rows), []
     cfg = grouprank.Config(
         model=str(tmp_path / "model"), data=path, eval_data=path, answer=answer, max_new_tokens=80,
-        max_prompt_tokens=400, lora_rank=4, sft_batch=2, sft_lr=1e-2, grpo_lr=1e-2, sft_epochs=2.0,
+        max_prompt_tokens=400, lora_rank=4, sft_batch=2, sft_lr=1e-2, grpo_lr=1e-2, sft_epochs=4.0,
         grpo_epochs=1.0, prompts_per_step=2, device=device, precision=precision, save_every=0,
         max_tokens_per_pass=4096, grad_checkpointing="on", docs_per_group=2)  # fmt: skip
     step = grouprank.Optimizer.step
