@@ -412,16 +412,10 @@ def break_chat_tokens(text: str, added: Sequence[str] = ()) -> str:
     return text
 
 
-def chat_messages(prompt: Prompt, query: str, texts: Sequence[str],
-                  branch: int | None = None) -> list[dict]:
-    """The prompt as chat messages, with queries and documents defused as text; with `branch` also
-    the start of the answer that scores this document directly.
-    """
+def chat_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[dict]:
+    """The prompt as chat messages, with queries and documents defused as text."""
     query, *texts = (break_chat_tokens(defuse(text)) for text in (query, *texts))
-    chat = as_chat(prompt.system, prompt.user_turn(query, texts))
-    if branch is not None:
-        chat.append({"role": "assistant", "content": prompt.branches(texts)[branch]})
-    return chat
+    return as_chat(prompt.system, prompt.user_turn(query, texts))
 
 
 def as_chat(system: str, user: str) -> list[dict]:
@@ -2731,11 +2725,14 @@ class Endpoint:
         """
         jobs, answers = [], []
         for chat, own in zip(chats, texts, strict=True):
-            messages = [chat_messages(chat.prompt, chat.query, own, k) for k in range(len(own))]
+            turns = chat_messages(chat.prompt, chat.query, own)
+            branches = chat.prompt.branches([break_chat_tokens(defuse(text)) for text in own])
             asked = {"model": self.model, "max_tokens": 1, "temperature": 1.0, "logprobs": True,
                      "top_logprobs": 20, "add_generation_prompt": False,
                      "continue_final_message": True, "seed": seed_of_request(chat.seed)}
-            jobs.append([asked | {"messages": own} for own in messages])
+            jobs.append([
+                asked | {"messages": [*turns, {"role": "assistant", "content": branch}]}
+                for branch in branches])
         for group in self.ask_all(jobs):
             told = [one for one in group if one.scores]  # of one document each
             answers.append(Completion(
