@@ -1098,20 +1098,22 @@ def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequen
                 pieces.append([prompt_tokens[b] + length, b, [g]])
     pieces.sort(key=lambda piece: (-piece[0], piece[1]))
     passes: list[list[tuple[int, list[int]]]] = []
-    used, longest, shapes = 0, 0, []
+    used = longest = keys = 0
+    largest = (0, 0, 0)  # completions, tokens of a prompt and of a completion, of a pass
     for tokens, b, chosen in pieces:
         shape = len(chosen), prompt_tokens[b], max(completion_tokens[b][g] for g in chosen)
-        n_rows, prompt, completion = map(max, zip(*shapes, shape, strict=True))
-        keys = sum(n * (p + c) for n, p, c in (*shapes, shape))
-        padded = (len(shapes) + 1) * n_rows * (prompt + completion)
-        unlike = packed and padded > max(2 * keys, 4 * max_tokens)
+        own_keys = shape[0] * (shape[1] + shape[2])
+        n_rows, prompt, completion = map(max, largest, shape)
+        padded = (len(passes[-1]) + 1 if passes else 1) * n_rows * (prompt + completion)
+        unlike = packed and padded > max(2 * (keys + own_keys), 4 * max_tokens)
         # Separate rows are padded to the first of their pass, which is the longest.
         needed = tokens if packed else longest
         if not passes or unlike or used + needed > max_tokens:
             passes.append([])
-            used, longest, needed, shapes = 0, tokens, tokens, []
+            used, longest, needed, keys, largest = 0, tokens, tokens, 0, (0, 0, 0)
         passes[-1].append((b, chosen))
-        shapes.append(shape)
+        largest = tuple(map(max, largest, shape))
+        keys += own_keys
         used += needed
     return passes
 
@@ -1880,6 +1882,13 @@ def my_share(costs: Sequence[float]) -> list[int]:
     return sorted(costliest_first[number::n_processes])
 
 
+def work_together(costs: Sequence[float], work: Callable) -> list:
+    """work(indices) -> results, each process for its share; all results, in their order."""
+    mine = my_share(costs)
+    parts = gather(list(zip(mine, work(mine), strict=True)))
+    return [result for _, result in sorted(itertools.chain(*parts), key=lambda pair: pair[0])]
+
+
 # --- Models: device, precision, loading, LoRA, optimizer ------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -2258,10 +2267,10 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
         except ValueError as error:
             raise ValueError(f"row {row.id!r}: {error}") from None
         response, labels = None, row.scores
-        if row.response is not None and cfg.answer == "direct":
+        if cfg.answer == "direct" and row.response is not None and labels is None:
             read = METHODS[cfg.method].parse(row.response, len(row.texts))
-            labels = read.scores if labels is None and read.complete else labels
-        elif row.response is not None:
+            labels = read.scores if read.complete else None
+        elif cfg.answer == "reason" and row.response is not None:
             # A teacher may quote a document: the one special token is the end that we put there.
             response = encoder.tokenizer(row.response, add_special_tokens=False,
                                          split_special_tokens=True)["input_ids"]
@@ -2612,7 +2621,9 @@ class LocalModel:
 
     @torch.no_grad()
     def score(self, groups: Sequence[Block]) -> list[list[float]]:
-        """Direct scores of the branches of each prompt; none where one does not fit."""
+        """Direct scores of the branches of each prompt; none where one does not fit, or where they
+        are no numbers.
+        """
         policy, n_tokens = Policy(self.model, self.machine.autocast), default_pass(self.machine)
         waves = direct_passes(groups, lambda sizes: range(len(sizes)), self.model, n_tokens)
         bar = tqdm(total=len(groups), desc="groups", disable=None, leave=False)
@@ -2621,7 +2632,8 @@ class LocalModel:
             blocks = [groups[b] for b in wave]
             scores = expected_scores(digit_logprobs(policy, blocks, self.digits))
             bar.update(len(wave))
-            return [own.tolist() for own in scores.split([len(b) for _, b in blocks])]
+            return [own.tolist() if own.isfinite().all() else []
+                    for own in scores.split([len(branches) for _, branches in blocks])]
 
         found = self.in_waves(waves, work)
         bar.close()
@@ -2643,10 +2655,9 @@ class LocalModel:
                                 [[chats[i].seed] for i in groups], temperature, top_p)
         for (i, group), rows in zip(groups.items(), found, strict=True):
             n_tokens = sum(map(len, group))
-            answers[i] = Completion("", error="out of memory", hopeless=True)
-            if rows and self.digits and not np.isfinite(rows).all():
-                answers[i] = Completion("", error="scores that are no numbers", hopeless=True)
-            elif rows and self.digits:
+            lost = "out of memory" + ", or scores that are no numbers" * bool(self.digits)
+            answers[i] = Completion("", error=lost, hopeless=True)
+            if rows and self.digits:
                 answers[i] = Completion("", prompt_tokens=n_tokens, scores=rows)
             elif rows:
                 cut = rows[0][-1] not in self.end_ids
@@ -2733,7 +2744,7 @@ class Endpoint:
             jobs.append([
                 asked | {"messages": [*turns, {"role": "assistant", "content": branch}]}
                 for branch in branches])
-        for group in self.ask_all(jobs):
+        for group in self.ask_all(jobs, lambda job, stop: [self.ask(body, stop) for body in job]):
             told = [one for one in group if one.scores]  # of one document each
             answers.append(Completion(
                 group[0].text,
@@ -2747,11 +2758,12 @@ class Endpoint:
             ))
         return answers
 
-    def ask_all(self, bodies: Sequence[dict | list[dict]]) -> list:
-        """Send all requests, `concurrency` at a time, those of a list one after another.
+    def ask_all(self, bodies: Sequence, ask: Callable | None = None) -> list:
+        """ask(body, stop) for all of them, `concurrency` at a time; results are in their order.
 
-        Results are in their order.
+        Without `ask` a body is one request.
         """
+        ask = ask or self.ask
         stop, answers = threading.Event(), [concurrent.futures.Future() for _ in bodies]
         todo = zip(answers, bodies, strict=True)
 
@@ -2759,9 +2771,7 @@ class Endpoint:
             """Ask until nothing is left."""
             for answer, body in todo:
                 try:
-                    one = isinstance(body, dict)
-                    answer.set_result(self.ask(body, stop) if one else
-                                      [self.ask(part, stop) for part in body])
+                    answer.set_result(ask(body, stop))
                 except ValueError as error:
                     answer.set_exception(error)
                 finally:
@@ -3034,16 +3044,19 @@ class Run:
 
     def answer(self, prompts, seeds, temperature: float = 1.0) -> list[list[Sampled]]:
         """Answers to prompts, as many for each as it has seeds; every process asks for a share."""
-        started, mine = time.perf_counter(), my_share(list(map(len, prompts)))
-        share = [prompts[i] for i in mine], [seeds[i] for i in mine], temperature
+        started = time.perf_counter()
         if self.servers is not None:
             self.servers.model = on_first(self.servers.load_adapter, self.model, self.step)
-            rows = self.servers.sample(*share)
-        else:
-            rows = [[Sampled(ids) for ids in row] for row in self.local.sample(*share)]
-        found = {i: row for part in gather(list(zip(mine, rows, strict=True))) for i, row in part}
+
+        def sample(mine: list[int]) -> list[list[Sampled]]:
+            share = [prompts[i] for i in mine], [seeds[i] for i in mine], temperature
+            if self.servers is not None:
+                return self.servers.sample(*share)
+            return [[Sampled(ids) for ids in row] for row in self.local.sample(*share)]
+
+        rows = work_together(list(map(len, prompts)), sample)
         self.rollout_s = time.perf_counter() - started
-        return [found[i] for i in range(len(prompts))]
+        return rows
 
     def reward(self, ids: Sequence[int], gold: Sequence[float]) -> Reward:
         """The reward of an answer (Eq. 4-6)."""
@@ -3309,7 +3322,7 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
     peak, warmup, schedule = ((cfg.sft_lr, cfg.sft_warmup, "cosine") if stage == "sft" else
                               (cfg.grpo_lr, cfg.grpo_warmup, cfg.grpo_schedule))
     lr = learning_rate(step, n_steps, peak, warmup, schedule)
-    seeds = rollout_seeds(rows, cfg.seed, step, cfg.rollouts_per_prompt)
+    seeds = [] if stage == "sft" else rollout_seeds(rows, cfg.seed, step, cfg.rollouts_per_prompt)
     if stage == "sft" and digits:
         done = direct_sft_step(run.policy, optimizer, my_share, rows, lr, digits,
                                cfg.max_tokens_per_pass)
@@ -3361,11 +3374,11 @@ def keep_best(run: Run, stage: str, n_steps: int) -> None:
     if not items:
         return
     if run.local.digits:
-        mine = my_share([len(item.prompt) for item in items])
-        scores = run.local.score([(items[i].prompt, items[i].branches) for i in mine])
-        found = [pair for part in gather(list(zip(mine, scores, strict=True))) for pair in part]
-        rewards = [run.reward_rows([scores], items[i].gold)[0] if scores else
-                   Reward(0.0, TAG_FAULT) for i, scores in sorted(found)]
+        groups = [(item.prompt, item.branches) for item in items]
+        found = work_together([len(item.prompt) for item in items],
+                              lambda mine: run.local.score([groups[i] for i in mine]))
+        rewards = [run.reward_rows([scores], item.gold)[0] if scores else Reward(0.0, TAG_FAULT)
+                   for scores, item in zip(found, items, strict=True)]
     else:
         answers = run.answer([item.prompt for item in items], [[(0,)]] * len(items),
                              temperature=0.0)
@@ -4160,7 +4173,7 @@ def train_model(given: dict) -> None:
         raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
     else:
         prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else default_prompt(cfg)
-        warn_of_answer(cfg, read_meta(cfg.model))
+        on_first(warn_of_answer, cfg, read_meta(cfg.model))
         train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
 
 

@@ -12,7 +12,9 @@ import torch
 from conftest import (
     ARCHITECTURES,
     LocalServer,
+    NoStep,
     byte_tokenizer,
+    everything,
     save_tiny_model,
     tiny_model,
     write_rows,
@@ -50,21 +52,6 @@ def items_of(groups, seed=3):
         gold = tuple(rng.integers(0, 11, len(branches)).tolist())
         items.append(grouprank.Item(f"row {b}", prompt, gold, None, branches, tuple(g / 2 for g in gold)))
     return items
-
-
-def everything(costs):
-    """The share of the only process."""
-    return list(range(len(costs)))
-
-
-class NoStep:
-    """Stands for an optimizer, and leaves the gradients for the test to look at."""
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self, lr):
-        return 0.5, True
 
 
 def gradient_of(policy):

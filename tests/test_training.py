@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, byte_tokenizer, save_tiny_model, tiny_model, write_rows
+from conftest import (
+    ARCHITECTURES,
+    NoStep,
+    byte_tokenizer,
+    everything,
+    save_tiny_model,
+    tiny_model,
+    write_rows,
+)
 
 import grouprank
 
@@ -387,21 +395,6 @@ def metrics(out, stage=None):
 def same_weights(model, weights):
     """Whether a model holds exactly these weights."""
     return all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
-
-
-def everything(costs):
-    """The share of the only process."""
-    return list(range(len(costs)))
-
-
-class NoStep:
-    """Stands for an optimizer, and leaves the gradients for the test to look at."""
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self, lr):
-        return 0.5, True
 
 
 def reward_letter_e(text, gold, **_):
