@@ -81,10 +81,10 @@ import grouprank
 import synth
 
 GRADES = {0: 0, 1: 3, 2: 6, 3: 8, 4: 10}
-DEVICES = {  # tokens of a document, groups a step, precision
-    "cpu": {"max_doc_tokens": 64, "batch": 8, "precision": "bf16"},
-    "cuda": {"max_doc_tokens": 256, "batch": 32, "precision": "bf16"}}  # fmt: skip
-LEARNING = "--lora-rank 0 --sft-lr 1e-4 --grpo-lr 1e-5 --kl-coef 0.05 --rollouts-per-prompt 64".split()
+DEVICES = {  # documents a group, tokens of a document, groups a step, precision
+    "cpu": {"docs_per_group": 5, "max_doc_tokens": 32, "batch": 4, "precision": "bf16"},
+    "cuda": {"docs_per_group": 10, "max_doc_tokens": 64, "batch": 8, "precision": "bf16"}}  # fmt: skip
+LEARNING = "--lora-rank 0 --sft-lr 2e-4 --grpo-lr 2e-5 --kl-coef 0.05 --rollouts-per-prompt 64".split()
 RETRIEVER = "--epochs 1 --batch 32 --hard-negatives 1 --lr 2e-5 --contrast-temperature 0.05".split()
 DEV_EVERY, EVALUATIONS, WEIGHTS = 5, 6, [w / 10 for w in range(11)]
 
@@ -314,12 +314,10 @@ def run_training(args, world, out, stage, model, batch, n_steps, seed, *options)
 
 
 def measure_steps(args, world, out, model, stage):
-    """{stage: seconds of its second step}. On a CPU two groups tell what a batch takes."""
-    batch = args.batch if args.device.startswith("cuda") else 2
-    lines = run_training(args, world, out / "warm-up", stage, model, batch, 2, 0)
+    """{stage: seconds of its second step}."""
+    lines = run_training(args, world, out / "warm-up", stage, model, args.batch, 2, 0)
     shutil.rmtree(out / "warm-up")
-    return {line["stage"]: line["seconds"] * args.batch / batch
-            for line in lines if "seconds" in line}
+    return {line["stage"]: line["seconds"] for line in lines if "seconds" in line}
 
 
 def train_for(args, world, out, stage, model, seed, seconds, pace):
@@ -409,7 +407,7 @@ def run_ablations(args, world, out, model, seed):
     for name in args.ablation:
         changed = copy.copy(args)
         changed.pointwise = name == "pointwise"
-        changed.more = args.more + ["--sft-lr", "2e-4"] * (name == "twice-lr")
+        changed.more = args.more + ["--sft-lr", "4e-4"] * (name == "twice-lr")
         with ABLATIONS[name]():
             pace = measure_steps(changed, world, out, model, "sft")
             train_for(changed, world, out / name, "sft", model, seed, 60 * args.minutes, pace)
@@ -615,7 +613,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision")
-    parser.add_argument("--docs-per-group", type=int, default=10)
+    parser.add_argument("--docs-per-group", type=int)
     parser.add_argument("--max-doc-tokens", type=int)
     parser.add_argument("--batch", type=int, help="groups a step")
     parser.add_argument("--top-k", type=int, default=20, help="candidates of a query")
