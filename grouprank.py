@@ -6,9 +6,10 @@ document its own score from 0 to 10. Training is a supervised cold start, then G
 that mixes ranking metrics and the agreement of the score distributions.
 
 Part I is the method, an afternoon's reading, and needs nothing of Part II:
-    prompt and parsers (Sec. 3.1), reward (Eq. 4-6), GRPO (Eq. 7), the prompt run once, decoding,
-    one training step (Eq. 3, Eq. 7), direct scoring, rerank (Eq. 1, Sec. 4.5).
-Part II makes it run: processes, models, files, who answers, runs, jobs, demo, command line.
+    prompt and parsers (Sec. 3.1), reward (Eq. 4-6), GRPO (Eq. 7), the prompt run once, one training
+    step (Eq. 3, Eq. 7), direct scoring, rerank (Eq. 1, Sec. 4.5).
+Part II makes it run: processes, models, files, decoding, who answers, runs, jobs, demo, command
+line.
 
 Commands:
     python grouprank.py --train                           # embedded demo, minutes on 2 CPU cores
@@ -22,7 +23,7 @@ Departures from the paper, and choices where it is silent:
     1. Tied scores earn the expected NDCG and recall over all orders of the tie, in closed form, so
        the order of the documents in the prompt never changes the reward (the paper is silent).
     2. Relevant for Recall@10 means a gold score of at least 5 of 10 (the paper is silent); a group
-       without such a document has recall 0.
+       without such a document has recall 0, and in one of at most 10 recall decides nothing.
     3. Scores become a distribution by division through their sum; all zeros become uniform.
     4. The reward's grammar is strict: an answer that lacks, repeats or invents a document earns
        -0.1 like broken JSON, or a policy would learn to score one document only.
@@ -37,8 +38,9 @@ Departures from the paper, and choices where it is silent:
    11. Direct scoring (--answer direct) is not in the paper: a group in one forward pass.
 
 Shape letters: B prompts, G rollouts per prompt, P prompt tokens, C completion tokens, T packed
-tokens, N all completion tokens of a pass or, in reranking, candidates, V vocabulary, K documents in
-a group, R rows being decoded, H attention heads, D head width.
+tokens or those of a padded row, N all completion tokens (or branches) of a pass or, in reranking,
+candidates, V vocabulary, K documents in a group, R rows of a batch, H attention heads, D head
+width.
 Documents are numbered from 1 in prompts and answers, from 0 in code.
 """
 
@@ -100,10 +102,8 @@ def setting(default, help: str, source: str = "ours", *, group: str, choices: tu
     return field(default=default, metadata=metadata)
 
 
-BOTH, TRAIN, SFT, GRPO, RERANK = (  # the groups of --help
-    "both commands", "--train", "--train: supervised cold start", "--train: GRPO", "--rerank")
-both, training, sft, grpo, reranking = (
-    functools.partial(setting, group=name) for name in (BOTH, TRAIN, SFT, GRPO, RERANK))
+both, training, sft, grpo, reranking = (functools.partial(setting, group=name) for name in (
+    "both commands", "--train", "--train: supervised cold start", "--train: GRPO", "--rerank"))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Config:
     max_prompt_tokens: int = both(24000, "tokens of a prompt; longer ones have their documents"
         " shortened evenly", "paper Table 10: 24,000")
     max_new_tokens: int = both(8000, "tokens of an answer", "paper Table 10: 8,000")
-    device: str = both("auto", "auto, cpu, cuda, cuda:N, or mps (not tried)")
+    device: str = both("auto", "auto, cpu, cuda or cuda:N")
     precision: str = both("auto", "auto: bf16 on CUDA, fp32 on CPU", "paper Table 8: bf16",
         choices=("auto", "fp32", "bf16", "fp16"))
     cache_gib: float = both(0.0, "memory for keys and values while decoding; 0: 40 % of the free"
@@ -325,8 +325,6 @@ where zeros stand for your scores."""
 DIRECT_USER = DIRECT % ("{n} documents", "scores of all documents", '{"[1]":0,"[2]":0,...}')
 DIRECT_POINTWISE_USER = DIRECT % ("document", "score", '{"[1]":0}')
 
-UNSAID = "[{i}]{text}"  # how documents stand where a model's meta.json does not say
-
 
 def fill(template: str, **values: str) -> str:
     """Put values into {slots}, all in one pass: a query that contains "{documents}" stays one."""
@@ -351,8 +349,8 @@ class Prompt:
     @property
     def hash(self) -> str:
         """Twelve hex digits that change with any letter of the wording."""
-        parts = [self.system, self.user] + [self.document] * (self.document != UNSAID)
-        return hashlib.sha256("\n---\n".join(parts).encode()).hexdigest()[:12]
+        text = "\n---\n".join((self.system, self.user, self.document))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def user_turn(self, query: str, texts: Sequence[str]) -> str:
         """The user's turn, with documents numbered from 1 and a blank line between them."""
@@ -365,7 +363,7 @@ class Prompt:
                 for i, text in enumerate(texts, 1)]
 
 
-# Kept in a text, and looked through here: joiners and variation selectors (Persian, emoji).
+# Invisible letters that stay in a text (Persian, emoji) and must hide no number and no tag.
 _HIDDEN = (r"\u034f\u115f\u1160\u180b-\u180d\u200c\u200d\u3164\ufe00-\ufe0f\uffa0"
            r"\U000e0100-\U000e01ef")
 _GAP = rf"[\s{_HIDDEN}]*"
@@ -384,14 +382,6 @@ def visible(text: str) -> str:
     return _UNSEEN.sub("", _BREAKS.sub("\n", text))
 
 
-def defuse(text: str) -> str:
-    """Make a query or document unable to pose as a part of the prompt or of an answer.
-
-    Bracketed numbers become (3), the answer's tags become (answer), what is invisible goes.
-    """
-    return _TAGS.sub(r"(\1\2)", _BRACKETED.sub(r"(\1)", visible(text)))
-
-
 # Strings that end or open a turn for the Qwen, Llama and Mistral families.
 CHAT_TOKENS = re.compile(
     r"<\|[a-zA-Z0-9_]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<unk>|<pad>|<</?SYS>>"
@@ -400,22 +390,18 @@ CHAT_TOKENS = re.compile(
     r"|THINK|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|PREFIX|MIDDLE|SUFFIX)\]")
 
 
-def break_chat_tokens(text: str, added: Sequence[str] = ()) -> str:
-    """Put a space into every chat token, for servers that tokenise the text themselves.
+def defuse(text: str, added: Sequence[str] = ()) -> str:
+    """Make a query or document unable to pose as a part of the prompt or of an answer.
 
-    `added` are further strings that a tokenizer treats as one token.
+    Bracketed numbers become (3), the answer's tags become (answer), what is invisible goes. Chat
+    tokens, and further strings that a tokenizer has `added`, get a space.
     """
+    text = _TAGS.sub(r"(\1\2)", _BRACKETED.sub(r"(\1)", visible(text)))
     text = CHAT_TOKENS.sub(lambda match: match[0][0] + " " + match[0][1:], text)
     for token in added:
         if len(token) > 1 and token in text:
             text = text.replace(token, token[0] + " " + token[1:])
     return text
-
-
-def chat_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[dict]:
-    """The prompt as chat messages, with queries and documents defused as text."""
-    query, *texts = (break_chat_tokens(defuse(text)) for text in (query, *texts))
-    return as_chat(prompt.system, prompt.user_turn(query, texts))
 
 
 def as_chat(system: str, user: str) -> list[dict]:
@@ -436,12 +422,6 @@ def even_limit(lengths: Sequence[int], budget: int) -> int:
             return max(budget // left, 0)
         budget -= length
     return max(lengths, default=0)
-
-
-def trim_document(text: str, max_chars: int, fold_lines: bool) -> str:
-    """At most max_chars letters (0: all); with fold_lines one space for line breaks in a row."""
-    text = re.sub(r"\n+", " ", _BREAKS.sub("\n", text)) if fold_lines else text
-    return text[:max_chars] if max_chars else text
 
 
 class PromptEncoder:
@@ -479,8 +459,7 @@ class PromptEncoder:
         """
         before, after = self._around(prompt.system)
         # Added tokens that are not "special", such as <think>, survive split_special_tokens.
-        query, *texts = (break_chat_tokens(defuse(text), self._plain_added)
-                         for text in (query, *texts))
+        query, *texts = (defuse(text, self._plain_added) for text in (query, *texts))
         split = functools.partial(self.tokenizer, add_special_tokens=False,
                                   split_special_tokens=True)
 
@@ -500,6 +479,7 @@ class PromptEncoder:
             if excess <= 0:
                 return found, sum(max(length - limit, 0) for length in lengths)
             kept = sum(min(length, limit) for length in lengths)
+            # A branch holds its document once more. Tokens do not quite add up: hence the loop.
             limit = even_limit(lengths, kept - math.ceil(excess / (2 if branched else 1)))
         n_fixed = sum(map(len, rows([""] * len(texts))))
         raise ValueError(
@@ -799,7 +779,7 @@ def reward_scores(rows: Sequence[Sequence[float]], gold: Sequence[float], *, k: 
     """
     relevant = [float(g >= relevance_level) for g in gold]
     ranked = evaluate.tie_averaged(rows, gold)  # (G, K): expected gold score at each rank
-    ndcg = evaluate.ndcg(ranked.T, gold, k) + np.zeros(len(rows))  # zeros where none is relevant
+    ndcg = evaluate.ndcg(ranked.T, gold, k) + np.zeros(len(rows))  # a plain 0 where gold is all 0
     hits = evaluate.tie_averaged(rows, relevant)[:, :k].sum(1)
     recall = hits / max(sum(relevant), 1)
     js = js_divergence(score_distribution(rows), score_distribution(gold))
@@ -812,9 +792,9 @@ def reward_scores(rows: Sequence[Sequence[float]], gold: Sequence[float], *, k: 
 def score_completion(text: str, gold: Sequence[float], **options: float) -> Reward:
     """Parse a completion and reward it (Eq. 4); options are those of reward_scores."""
     answer = parse_answer(text, len(gold))
-    if answer.status != "ok":
-        return Reward(format_reward(answer.status != TAG_FAULT, False, 0.0), answer.status)
-    return reward_scores([answer.scores], gold, **options)[0]
+    if answer.status == "ok":
+        return reward_scores([answer.scores], gold, **options)[0]
+    return Reward(format_reward(answer.status != TAG_FAULT, False, 0.0), answer.status)
 
 
 # --- GRPO (Sec. 3.3, Eq. 7) -----------------------------------------------------------------------
@@ -876,6 +856,31 @@ def grpo_loss(
     return -(weights * objective).sum()
 
 
+def random_stream(seed: Sequence[int | str], n: int) -> np.ndarray:
+    """n uniform numbers of the stream named by `seed`, for example (seed, step, id, rollout)."""
+    words = [s % 2**32 if isinstance(s, int) else zlib.crc32(s.encode()) for s in seed]
+    return np.random.default_rng(np.array(words, dtype=np.uint32)).random(n)  # a list takes longer
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Draw one token a row by inverting the distribution function at a uniform number.
+
+    logits (R, V), uniforms (R,) float64 in [0, 1) -> (R,). temperature 0 is greedy. The draw of a
+    row depends on its own logits and number alone, not on what else is in the batch.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    uniforms = uniforms.to(logits.device)
+    probs = (logits.float() / temperature).softmax(-1).double()
+    if top_p < 1:
+        probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the best one stays
+    cdf = probs.cumsum(-1)
+    place = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
+    place = place.clamp(max=logits.shape[-1] - 1)
+    return (place if top_p >= 1 else order.gather(-1, place)).squeeze(-1)
+
+
 # --- The prompt run once: packed rows and the log-probabilities of their completions --------------
 
 SHARED = "shared_prompt"  # the name of our attention among transformers' implementations
@@ -884,8 +889,9 @@ SHARED = "shared_prompt"  # the name of our attention among transformers' implem
 def attend_shared_prompt(module, query, key, value, mask=None, *, scaling, shared=None, **_):
     """An attention function of transformers: `shared` says which tokens see which.
 
-    query (1 or R, H, T, D), key and value (1 or R, H_kv, T, D), rotated already. Without `shared`
-    it is plain causal attention, for rows padded on the right. transformers builds no mask for it.
+    query (1 or R, H, T, D), key and value (1 or R, H_kv, T, D), rotated already. `shared` has
+    attend(layer, query, key, value, scaling): a PackedRow, or what decoding makes of its kept keys.
+    Without it this is plain causal attention, for rows padded on the right.
     """
     # Autocast leaves rotated queries and keys in float32; attention would cast them anyway.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -998,7 +1004,7 @@ class Policy:
     def hidden(self, inputs: tuple, places: Sequence[int]) -> Tensor:
         """Last hidden states (N, width) at places of the rows, counted through all of them.
 
-        inputs: input_ids and position_ids (R, T), and a PackedRow or None.
+        inputs: input_ids (R, T), position_ids (R or 1, T), and a PackedRow or None.
         """
         ids, positions, row = inputs
         options = {} if row is None else {"shared": row}
@@ -1025,9 +1031,10 @@ def token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Te
 Block = tuple[Sequence[int], Sequence[Sequence[int]]]  # prompt ids, ids of its completions
 
 
-def completion_logprobs(policy: Policy, blocks: Sequence[Block], packed: bool):
+def completion_logprobs(policy: Policy, blocks: Sequence[Block],
+                        packed: bool) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (N,) of every completion token, completions one after another, in
-    nats and float32.
+    nats and float32 (float64 stays float64).
 
     Packed: one row, every prompt once. Otherwise one right-padded row a completion: the reference
     that the packed path is tested against.
@@ -1045,12 +1052,11 @@ def completion_logprobs(policy: Policy, blocks: Sequence[Block], packed: bool):
     return logp, entropy
 
 
-def packed_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]:
-    """Inputs of a Policy for one row [prompt, completion_1 .. completion_G] per block; and where
-    each completion's tokens stand, behind the place of its prompt's last token.
+def packed_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[Sequence[int]]]:
+    """Inputs of a Policy for one row [prompt, completion_1 .. completion_G] per block; and for each
+    completion the place of its prompt's last token, then those of its own: each predicts the next.
 
-    The positions of each completion go on from the end of its prompt, and the last token of the
-    prompt predicts the first token of every completion.
+    The positions of each completion go on from the end of its prompt.
     """
     ids, positions, places = [], [], []
     for prompt, completions in blocks:
@@ -1066,7 +1072,7 @@ def packed_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int
     return (ids, positions, row), places
 
 
-def row_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]:
+def row_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[Sequence[int]]]:
     """As packed_inputs, with one row [prompt, completion] per completion.
 
     Padding stands on the right, after every real token: a causal model needs no mask for it.
@@ -1074,8 +1080,8 @@ def row_inputs(blocks: Sequence[Block], device) -> tuple[tuple, list[list[int]]]
     rows = [(prompt, c) for prompt, completions in blocks for c in completions]
     ids = pad_sequence([torch.tensor([*prompt, *c]) for prompt, c in rows], batch_first=True)
     longest = ids.shape[1]
-    places = [list(range(i * longest + len(prompt) - 1, i * longest + len(prompt) + len(c)))
-              for i, (prompt, c) in enumerate(rows)]
+    ends = [i * longest + len(prompt) for i, (prompt, _) in enumerate(rows)]  # of the prompts
+    places = [range(end - 1, end + len(c)) for end, (_, c) in zip(ends, rows, strict=True)]
     return (ids.to(device), torch.arange(longest, device=device)[None], None), places
 
 
@@ -1088,211 +1094,32 @@ def plan_passes(prompt_tokens: Sequence[int], completion_tokens: Sequence[Sequen
     prompts of like shapes share a row, as attention pads them. Otherwise every completion is a row,
     and rows of like length share a pass. What is longer than the budget gets its own pass.
     """
-    pieces: list[list] = []  # [tokens, prompt, completions]
+    pieces: list[list] = []  # [tokens, prompt, completions, tokens of the longest of them]
     for b, lengths in enumerate(completion_tokens):
         for g, length in enumerate(lengths):
             if packed and g and (whole or pieces[-1][0] + length <= max_tokens):
-                pieces[-1][0] += length
-                pieces[-1][2].append(g)
+                tokens, _, chosen, longest = pieces[-1]
+                pieces[-1] = [tokens + length, b, [*chosen, g], max(longest, length)]
             else:
-                pieces.append([prompt_tokens[b] + length, b, [g]])
-    pieces.sort(key=lambda piece: (-piece[0], piece[1]))
-    passes: list[list[tuple[int, list[int]]]] = []
-    used = longest = keys = 0
-    largest = (0, 0, 0)  # completions, tokens of a prompt and of a completion, of a pass
-    for tokens, b, chosen in pieces:
-        shape = len(chosen), prompt_tokens[b], max(completion_tokens[b][g] for g in chosen)
-        own_keys = shape[0] * (shape[1] + shape[2])
-        n_rows, prompt, completion = map(max, largest, shape)
-        padded = (len(passes[-1]) + 1 if passes else 1) * n_rows * (prompt + completion)
-        unlike = packed and padded > max(2 * (keys + own_keys), 4 * max_tokens)
-        # Separate rows are padded to the first of their pass, which is the longest.
-        needed = tokens if packed else longest
-        if not passes or unlike or used + needed > max_tokens:
-            passes.append([])
-            used, longest, needed, keys, largest = 0, tokens, tokens, 0, (0, 0, 0)
-        passes[-1].append((b, chosen))
-        largest = tuple(map(max, largest, shape))
-        keys += own_keys
-        used += needed
-    return passes
+                pieces.append([prompt_tokens[b] + length, b, [g], length])
 
+    def fits(part: list[list]) -> bool:
+        """Whether pieces, the longest first, can share a pass: little padding, or a small pass."""
+        if not packed:
+            return len(part) * part[0][0] <= max_tokens
+        tokens = sum(piece[0] for piece in part)
+        shapes = [(len(chosen), prompt_tokens[b], longest) for _, b, chosen, longest in part]
+        n_keys = sum(n * (p + c) for n, p, c in shapes)
+        n, p, c = map(max, zip(*shapes, strict=True))  # what all are padded to
+        return tokens <= max_tokens and len(part) * n * (p + c) <= max(2 * n_keys, 4 * max_tokens)
 
-# --- Decoding: many answers to each prompt, the prompt's keys and values stored once --------------
-
-
-class DecodingCache:
-    """Keys and values while decoding G answers to each of B prompts, the prompts' stored once.
-
-    Every step adds one token to each of the R = B*G answers, of which `length` tokens are stored.
-    An answer attends to its prompt and to itself; the two sets of attention logits share one
-    softmax, so this is exact attention.
-    """
-
-    def __init__(self, kept: list[list[Tensor]], lengths: Sequence[int], n_answers: int):
-        """kept: per layer, keys and values as PackedRow keeps them, some prompts after others."""
-        lengths = torch.tensor(lengths, device=kept[0][0].device)  # (B,)
-        longest = int(lengths.max())
-        padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (B, P)
-        self.padding = padding if padding.any() else None
-        self.prompt_tokens, self.n_answers, self.length = lengths, n_answers, 0
-        self.prompts, self.answers = [], []  # per layer: (2, B, H_kv, P, D) and (2, R, H_kv, C, D)
-        for layer in kept:
-            padded = [F.pad(pair, (0, 0, 0, longest - pair.shape[3])) for pair in layer]
-            self.prompts.append(torch.cat(padded, dim=1))
-            self.answers.append(self.prompts[-1][:, :, :, :0].repeat_interleave(n_answers, 1))
-            layer.clear()  # free the unpadded copy before the next layer is padded
-
-    def attend(self, layer: int, query, key, value, scaling) -> Tensor:
-        """One new token an answer: query (R, H, 1, D), key and value (R, H_kv, 1, D)."""
-        n_answers, n_kv = self.n_answers, key.shape[1]
-        prompt_keys, prompt_values = self.prompts[layer]
-        keys, values = self._append(layer, key, value).unflatten(1, (-1, n_answers))
-        rows = query.reshape(-1, n_answers, n_kv, query.shape[1] // n_kv, query.shape[3])
-
-        def by_prompt(rows):  # (B, G, H_kv, H/H_kv, X) -> (B, H_kv, G * H/H_kv, X)
-            return rows.transpose(1, 2).flatten(2, 3)
-
-        def by_answer(rows):  # and back
-            return rows.unflatten(2, (n_answers, -1)).transpose(1, 2)
-
-        to_prompt = (by_prompt(rows) @ prompt_keys.mT).float() * scaling
-        if self.padding is not None:
-            to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
-        to_answer = by_prompt(rows @ keys.mT).float() * scaling
-        weights = torch.cat([to_prompt, to_answer], dim=-1).softmax(-1).to(query.dtype)
-        of_prompt, of_answer = weights.split([to_prompt.shape[-1], to_answer.shape[-1]], dim=-1)
-        output = by_answer(of_prompt @ prompt_values) + by_answer(of_answer) @ values
-        return output.reshape(query.shape)
-
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
-        """Write one token into a buffer that doubles when full; returns what is filled."""
-        buffer = self.answers[layer]
-        if self.length == buffer.shape[3]:
-            buffer = F.pad(buffer, (0, 0, 0, max(64, self.length)))
-            self.answers[layer] = buffer
-        buffer[0, :, :, self.length] = key[:, :, 0]
-        buffer[1, :, :, self.length] = value[:, :, 0]
-        return buffer[:, :, :, : self.length + 1]
-
-    def keep(self, prompts: Tensor, rows: Tensor, n_answers: int) -> None:
-        """Go on with these prompts, and with these rows as their answers."""
-        if len(prompts) < len(self.prompt_tokens):
-            self.prompts = [pair[:, prompts] for pair in self.prompts]
-            self.prompt_tokens = self.prompt_tokens[prompts]
-            self.padding = None if self.padding is None else self.padding[prompts]
-        self.answers = [pair[:, rows] for pair in self.answers]
-        self.n_answers = n_answers
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draw one token a row by inverting the distribution function at a uniform number.
-
-    logits (R, V), uniforms (R,) float64 in [0, 1) -> (R,). temperature 0 is greedy. The draw of a
-    row depends on its own logits and number alone, not on what else is in the batch.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    device = logits.device
-    logits = logits.cpu() if device.type == "mps" else logits  # it has no float64
-    uniforms = uniforms.to(logits.device)
-    probs = (logits.float() / temperature).softmax(-1).double()
-    if top_p < 1:
-        probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the best one stays
-    cdf = probs.cumsum(-1)
-    place = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
-    place = place.clamp(max=logits.shape[-1] - 1)
-    return (place if top_p >= 1 else order.gather(-1, place)).squeeze(-1).to(device)
-
-
-def random_stream(seed: Sequence[int | str], n: int) -> np.ndarray:
-    """n uniform numbers of the stream named by `seed`, for example (seed, step, id, rollout)."""
-    words = [s % 2**32 if isinstance(s, int) else zlib.crc32(s.encode()) for s in seed]
-    return np.random.default_rng(np.array(words, dtype=np.uint32)).random(n)  # a list takes longer
-
-
-def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
-    """Run each prompt once. Returns the logits after each (B, V), and the keys and values."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    states, kept = [], [[] for _ in range(decoder.config.num_hidden_layers)]
-    ends = list(itertools.accumulate(map(len, prompts)))
-    chunks = itertools.groupby(range(len(prompts)), lambda b: ends[b] // max_tokens)
-    for _, chunk in chunks:
-        blocks = [(prompts[b], []) for b in chunk]
-        (ids, positions, row), _ = packed_inputs(blocks, model.device)
-        row.kept = []
-        hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False,
-                         shared=row).last_hidden_state[0]  # (T, width)
-        last = itertools.accumulate(len(prompt) for prompt, _ in blocks)
-        states.append(hidden[[end - 1 for end in last]])
-        for layer, pair in zip(kept, row.kept, strict=True):
-            layer.append(pair)
-    return head(torch.cat(states)), kept
-
-
-@torch.no_grad()
-def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
-                   max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
-                   top_p: float = 1.0, tick: Callable | None = None) -> list[list[list[int]]]:
-    """Decode len(seeds[b]) answers to each prompt b, as many for every prompt; (B, G) lists of ids.
-
-    Each answer draws from its own random stream, so it does not depend on the others. Once half of
-    them have ended, they are dropped. An answer that ended holds its end token; a cut one does not.
-    After each token, tick(how many have ended, tokens so far) is called.
-    """
-    assert not model.training, "decode in eval(): gradient checkpointing and dropout are off there"
-    decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
-    streams = [random_stream(seed, max_new_tokens) for row in seeds for seed in row]
-    uniforms = torch.from_numpy(np.stack(streams))  # (R, C), float64
-    uniforms = uniforms if device.type == "mps" else uniforms.to(device)
-    logits, kept = prefill(model, prompts)
-    cache = DecodingCache(kept, list(map(len, prompts)), len(seeds[0]))
-    logits = logits.repeat_interleave(cache.n_answers, 0)  # (R, V)
-    rows = torch.arange(len(logits), device=device)  # the answer that each slot decodes
-    live = torch.ones_like(rows, dtype=torch.bool)
-    tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
-    ends = torch.tensor(list(end_ids), device=device)
-    for step in range(max_new_tokens):
-        new = sample_tokens(logits, uniforms[rows.to(uniforms.device), step], temperature, top_p)
-        tokens[rows[live], step] = new[live]
-        live &= ~torch.isin(new, ends)
-        n_live = int(live.sum())
-        if tick is not None:
-            tick(len(tokens) - n_live, step + 1)
-        if n_live == 0 or step + 1 == max_new_tokens:
-            break
-        if n_live <= len(rows) // 2:
-            grid = compact_slots(live.view(-1, cache.n_answers))
-            slots = grid.flatten()
-            cache.keep(grid[:, 0] // cache.n_answers, slots, grid.shape[1])
-            rows, live, new = rows[slots], live[slots], new[slots]
-        positions = cache.prompt_tokens.repeat_interleave(cache.n_answers) + step
-        states = decoder(input_ids=new[:, None], position_ids=positions[:, None], use_cache=False,
-                         shared=cache).last_hidden_state
-        cache.length += 1
-        logits = head(states[:, 0])
-    answers = [cut_answer(ids, end_ids) for ids in tokens.tolist()]
-    n = len(seeds[0])
-    return [answers[start : start + n] for start in range(0, len(answers), n)]
-
-
-def compact_slots(live: Tensor) -> Tensor:
-    """Which slots go on: (B', G') indices into the flat (B, G) grid `live`.
-
-    Prompts without a live answer go; the others keep as many slots as the busiest of them needs,
-    live ones first, so that the rest of a row is filled by answers that have ended.
-    """
-    counts = live.sum(1)
-    order = live.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    order = order + torch.arange(len(live), device=live.device)[:, None] * live.shape[1]
-    return order[counts > 0, : int(counts.max())]
-
-
-def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """Decoded ids up to and including the first end token."""
-    stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
-    return ids[: stop + 1]
+    passes: list[list[list]] = []
+    for piece in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
+        if passes and fits([*passes[-1], piece]):
+            passes[-1].append(piece)
+        else:
+            passes.append([piece])
+    return [[(b, chosen) for _, b, chosen, _ in part] for part in passes]
 
 
 # --- One training step (Eq. 3, Eq. 7) -------------------------------------------------------------
@@ -1305,7 +1132,7 @@ class Item(NamedTuple):
     gold: tuple[float, ...] | None  # a score a document, what GRPO learns from
     response: list[int] | None  # what SFT learns from, with the end token, trained like any other
     branches: Sequence[list[int]] = ()  # of direct scoring, one a document
-    labels: tuple[float, ...] | None = None  # what direct SFT learns from
+    labels: tuple[float, ...] | None = None  # of direct SFT: gold, or else the response's scores
 
 
 class Sampled(NamedTuple):
@@ -1323,20 +1150,14 @@ class Step(NamedTuple):
     answers: Sequence[Sequence[Sampled]] = ()  # (B, G)
 
 
-def move(optimizer, lr: float) -> dict[str, float]:
-    """The optimizer's step, and what the log says of it."""
-    grad_norm, moved = optimizer.step(lr)
-    return {"grad_norm": grad_norm, "skipped": int(not moved), "lr": lr}
-
-
 def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], lr: float,
              max_tokens_per_pass: int) -> Step:
     """One step of the cold start, Eq. 3: descend the mean of -log p over all response tokens.
 
     optimizer.backward(loss) adds gradients; optimizer.step(lr) adds up those of all processes,
-    clips, moves, clears, and returns (gradient norm, whether the weights moved). share(costs) deals
-    out this process's part of the batch. The denominator is the token count of the whole batch, so
-    that the split into passes, their order and their padding cannot change the gradient.
+    clips, moves, clears, and returns what the log says of it. share(costs) deals out this process's
+    part of the batch. The denominator is the token count of the whole batch, so that the split into
+    passes, their order and their padding cannot change the gradient.
     """
     n_tokens = sum(len(item.response) for item in items)
     mine = [items[i] for i in share([len(i.prompt) + len(i.response) for i in items])]
@@ -1346,11 +1167,10 @@ def sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[Item], 
     for chosen in plan_passes(prompts, responses, max_tokens_per_pass, packed=False):
         blocks = [(mine[b].prompt, [mine[b].response]) for b, _ in chosen]
         logp, entropy = completion_logprobs(policy, blocks, packed=False)  # (N,), (N,)
-        weights = torch.full_like(logp, 1 / n_tokens)
-        loss = -(weights * logp).sum()  # Eq. 3
+        loss = -logp.sum() / n_tokens  # Eq. 3
         optimizer.backward(loss)
-        sums.update(loss=loss.item(), entropy=(weights * entropy).sum().item())
-    return Step(sums, move(optimizer, lr) | {"completion_tokens": n_tokens / len(items)})
+        sums.update(loss=loss.item(), tokens=logp.numel(), entropy=entropy.sum().item())
+    return Step(sums, optimizer.step(lr))
 
 
 def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Callable,
@@ -1383,7 +1203,7 @@ def grpo_step(policy: Policy, reference, optimizer, answer: Callable, reward: Ca
         sums = Counter(loss=0.0, told=sums["told"], mismatch=sums["mismatch"])
         for part in passes:
             sums.update(grpo_pass(policy, reference, optimizer, part, cfg))
-        numbers = dropped | move(optimizer, lr)
+        numbers = dropped | optimizer.step(lr)
     return Step(sums, numbers, [item.id for item in items], rewards, answers)
 
 
@@ -1432,7 +1252,7 @@ def grpo_pass(policy: Policy, reference, optimizer, part: Pass, cfg: Config) -> 
     logp, entropy = completion_logprobs(policy, part.blocks, shares_prompts(policy.model))
     sums = {"entropy": entropy.sum().item()}
     if part.old_logp is None and part.sampler_logp is not None:
-        # By a server, which never agrees exactly.
+        # Sampled by a server: the ratio starts from its log-probabilities, never equal to ours.
         gaps = (logp.detach() - part.sampler_logp).abs()
         part.old_logp = part.sampler_logp.where(~gaps.isnan(), logp.detach())
         sums |= {"told": (~gaps.isnan()).sum().item(), "mismatch": gaps.nansum().item()}
@@ -1463,17 +1283,6 @@ def descend(optimizer, part: Pass, logp: Tensor, cfg: Config) -> dict:
 # more and its key, [k] <document k> {"[k]":, so that each document is read again by a model that
 # has seen the query and all rivals; its last position predicts one digit. A branch of the key alone
 # must first learn to find its document, and learns far less.
-
-
-def digit_ids(tokenizer) -> list[int]:
-    """The ten tokens that stand for 0 .. 9 behind a document's key."""
-    keys = [f'{{"[1]":{digit}' for digit in range(10)]
-    rows = tokenizer(keys, add_special_tokens=False)["input_ids"]
-    words = [tokenizer.decode([row[-1]]).strip() for row in rows]
-    if words != list("0123456789") or any(row[:-1] != rows[0][:-1] for row in rows):
-        raise ValueError("--answer direct reads one digit a document, and this model's tokenizer"
-                         f" does not write every digit as one token of its own: {words}")
-    return [row[-1] for row in rows]
 
 
 def digit_logprobs(policy: Policy, blocks: Sequence[Block], digits: Sequence[int]) -> Tensor:
@@ -1532,7 +1341,7 @@ def direct_sft_step(policy: Policy, optimizer, share: Callable, items: Sequence[
         loss = -(targets * logp).sum() / n_docs
         optimizer.backward(loss)
         sums.update(loss=loss.item())
-    return Step(sums, move(optimizer, lr))
+    return Step(sums, optimizer.step(lr))
 
 
 def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, share: Callable,
@@ -1561,13 +1370,13 @@ def direct_grpo_step(policy: Policy, reference, optimizer, reward: Callable, sha
             sums.update(descend(optimizer, part, digit_logp.gather(1, part.digits), cfg))
             entropy = -(digit_logp.exp() * digit_logp).sum().item()  # of N distributions
             sums.update(entropy=entropy * part.digits.shape[1])
-        numbers = move(optimizer, lr)
+        numbers = optimizer.step(lr)
     return Step(sums, numbers, rewards=rewards)
 
 
 def draw_scores(part: Pass, digit_logp: Tensor, groups: Sequence[tuple], reward: Callable,
                 n_prompts: int) -> list[list[Reward]]:
-    """Draw G score vectors for each group of a pass, and reward and compare them.
+    """Draw G score vectors for each group of a pass, reward and compare them; fills in the pass.
 
     digit_logp (N, 10); groups: gold scores and the names of G random streams. Digits tie often, and
     ties earn their expected reward; the expected digits, which rank in the end, hardly ever tie.
@@ -1680,14 +1489,11 @@ class Completion:
     """An answer, or why there is none. An error never travels as text."""
     text: str
     truncated: bool = False
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     error: str = ""
     hopeless: bool = False  # an error that the same prompt would meet again
     sampled: tuple[Sampled, ...] = ()  # several answers in tokens, instead of one in text
     scores: Sequence[float | None] | None = None  # of direct scoring, instead of a text
-    missing: float = 0.0  # the probability that a server gave to no digit
-    failed: tuple[str, ...] = ()  # errors of a group's documents, while others have scores
+    counts: dict[str, float] = field(default_factory=dict)  # "prompt tokens" and the like
 
 
 @dataclass
@@ -1720,9 +1526,8 @@ def ask_groups(backend: Callable, method: Method, groups: list[Group], cfg: Conf
             counts["retried"] += len(groups)
         # Greedy decoding would repeat its own mistake: a second try always samples.
         temperature = max(cfg.temperature, 0.3) if attempt else cfg.temperature
-        chats = [Chat(method.prompt, g.query.query, tuple(
-            trim_document(g.query.texts[i], cfg.max_doc_chars, cfg.fold_lines) for i in g.docs),
-            (*g.seed, attempt)) for g in groups]
+        chats = [Chat(method.prompt, g.query.query, tuple(g.query.texts[i] for i in g.docs),
+                      (*g.seed, attempt)) for g in groups]
         completions = backend(chats, temperature, cfg.top_p)
         failed = []
         for group, completion in zip(groups, completions, strict=True):
@@ -1744,18 +1549,12 @@ def ask_groups(backend: Callable, method: Method, groups: list[Group], cfg: Conf
 
 def count_answer(completion: Completion, method: Method, n_docs: int, counts: Counter) -> Answer:
     """Parse one completion and count what it was; an error is counted and never parsed."""
-    counts["calls"] += 1
-    counts["prompt tokens"] += completion.prompt_tokens
-    counts["completion tokens"] += completion.completion_tokens
+    counts.update({"calls": 1, **completion.counts})
     if completion.error:
-        counts["errors"] += 1
-        counts[f"error: {completion.error[:200]}"] += 1
+        counts.update(["errors", f"error: {completion.error[:200]}"])
         return Answer(None, TAG_FAULT)
     if completion.scores is not None:
         counts["direct"] += 1
-        counts["mass of no digit"] += completion.missing
-        counts["failed requests"] += len(completion.failed)
-        counts.update(f"error: {error[:200]}" for error in completion.failed)
         answer = Answer(list(completion.scores), "ok")
     else:
         text = completion.text
@@ -1914,10 +1713,9 @@ def pick_machine(device: str = "auto", precision: str = "auto") -> Machine:
     """Resolve --device and --precision: bf16 on CUDA, float32 on CPU unless told otherwise."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     kind = (here if device == "auto" else device).partition(":")[0]
-    seen = {here, "cpu"} | ({"mps"} if torch.backends.mps.is_available() else set())
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) or kind not in seen:
-        raise ValueError(f"--device {device}: there are auto, cpu, mps, cuda and cuda:N, and"
-                         f" PyTorch sees {' and '.join(sorted(seen))} here")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or kind not in (here, "cpu"):
+        raise ValueError(f"--device {device}: there are auto, cpu, cuda and cuda:N, and here"
+                         f" PyTorch's default is {here}")
     precision = ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision
     return Machine(torch.device(here if device == "auto" else device), DTYPES[precision])
 
@@ -1967,6 +1765,7 @@ def load_model(path: str, machine: Machine, *, trainable: bool = False):
     if not torch.allclose(logits, model(input_ids=ids).logits.float(), rtol=1e-2, atol=1e-2):
         raise ValueError(f"--model {path}: {type(model).__name__} changes its logits after the head"
                          " (scaling or soft-capping), which is not supported")
+    spare_threads(model)
     return model, tokenizer
 
 
@@ -1992,8 +1791,7 @@ def default_pass(machine: Machine) -> int:
 
 def spare_threads(model) -> None:
     """One compute thread for a tiny model on a CPU: more would wait for each other, not work."""
-    on_cpu = isinstance(model, nn.Module) and model.device.type == "cpu"  # else a server's name
-    if on_cpu and model.num_parameters() < 5_000_000:
+    if model.device.type == "cpu" and model.num_parameters() < 5_000_000:
         torch.set_num_threads(1)
 
 
@@ -2013,11 +1811,7 @@ class LoraLinear(nn.Linear):
         y = super().forward(x)
         if not self.enabled:
             return y
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)
         down = self.scale * F.linear(x, self.lora_A)  # scaled here, where it has r columns only
-        if down.dtype != y.dtype:
-            return y + F.linear(down, self.lora_B).to(y.dtype)
         # One product that adds to y: three passes over a (tokens, out) array less than y + update.
         return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.T).view_as(y)
 
@@ -2133,10 +1927,12 @@ def make_reference(policy: Policy, machine: Machine, digits: Sequence[int] = ())
     frozen = policy
     if not lora_layers(policy.model):
         # Weights in the autocast type, one by one. Buffers keep theirs: rotary frequencies in
-        # bfloat16 would turn position 8,000 by whole turns.
-        weights = {id(p): nn.Parameter(p.detach().to(machine.dtype, copy=True), False)
-                   for p in policy.model.parameters()}
-        frozen = Policy(copy.deepcopy(policy.model, weights).eval(), machine.autocast)
+        # bfloat16 would turn position 8,000 by whole turns. The settings of attention are shared.
+        config = policy.model.get_decoder().config
+        parts = {id(config): config} | {
+            id(p): nn.Parameter(p.detach().to(machine.dtype, copy=True), False)
+            for p in policy.model.parameters()}
+        frozen = Policy(copy.deepcopy(policy.model, parts).eval(), machine.autocast)
 
     @torch.no_grad()
     def reference(blocks: Sequence[Block]) -> Tensor:
@@ -2154,21 +1950,20 @@ class Optimizer:
     With several processes a step adds up their gradients, each process having seen its share.
     """
 
-    def __init__(self, model, machine: Machine, grad_clip: float = 1.0):
+    def __init__(self, model, machine: Machine):
         self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.98),
                                       weight_decay=0.0)
         fp16 = machine.dtype == torch.float16
         # 2^16 would overflow in the first steps; the scale grows by itself when it can.
         self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**13, enabled=fp16)
-        self.grad_clip = grad_clip
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one pass."""
         self.scaler.scale(loss).backward()
 
-    def step(self, lr: float) -> tuple[float, bool]:
-        """Clip, step, clear. Returns (gradient norm, whether the weights moved).
+    def step(self, lr: float) -> dict[str, float]:
+        """Clip, step, clear. Returns the gradient's norm and whether the step was skipped.
 
         A gradient that is not finite moves nothing: the step is skipped, and the fp16 scale halved.
         """
@@ -2178,12 +1973,12 @@ class Optimizer:
                 dist.all_reduce(weight.grad)
         self.adam.param_groups[0]["lr"] = lr
         self.scaler.unscale_(self.adam)
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.grad_clip).item()
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), 1.0).item()
         if math.isfinite(norm):
             self.scaler.step(self.adam)
         self.scaler.update()
         self.adam.zero_grad(set_to_none=True)
-        return norm, math.isfinite(norm)
+        return {"grad_norm": norm, "skipped": int(not math.isfinite(norm)), "lr": lr}
 
     def state(self) -> dict:
         """Weights, moments and loss scale, for a checkpoint."""
@@ -2282,6 +2077,12 @@ def encode_rows(rows: Sequence[Example], encoder: PromptEncoder, prompt: Prompt,
     return items, counts
 
 
+def trim_document(text: str, max_chars: int, fold_lines: bool) -> str:
+    """At most max_chars letters (0: all); with fold_lines one space for line breaks in a row."""
+    text = re.sub(r"\n+", " ", _BREAKS.sub("\n", text)) if fold_lines else text
+    return text[:max_chars] if max_chars else text
+
+
 def default_prompt(cfg: Config) -> Prompt:
     """Our own wording of a method and of what it answers."""
     method = METHODS[cfg.method]
@@ -2353,9 +2154,9 @@ def append_json(path: Path, *rows: dict) -> None:
 def save_model(model, tokenizer, folder: Path, meta: dict) -> None:
     """Write a folder that AutoModelForCausalLM.from_pretrained and vLLM open, with meta.json."""
     with new_folder(folder) as temporary:
-        dtype, model.config.dtype = model.config.dtype, model.stored_dtype
         model.save_pretrained(temporary, state_dict=plain_state_dict(model))
-        model.config.dtype = dtype
+        model.config.dtype = model.stored_dtype  # save_pretrained writes that of training
+        model.config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "meta.json", meta)
 
@@ -2368,9 +2169,8 @@ def provenance() -> dict:
 
 def files_inside(folder: Path, names: Sequence[str]) -> list[str]:
     """Those of the given paths (empty ones aside) that lie in a folder, or are it."""
-    folder = folder.resolve()
     return [name for name in names
-            if name and folder in (Path(name).resolve(), *Path(name).resolve().parents)]
+            if name and Path(name).resolve().is_relative_to(folder.resolve())]
 
 
 # Settings that may differ between the parts of one job: they do not change its result, or what they
@@ -2380,10 +2180,10 @@ FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "data", "eval_data
                   "concurrency", "timeout_s", "run", "query", "docs", "prompt_file", "endpoint"}
 
 
-def describe_task(cfg: Config, groups: Sequence[str], prompt: Prompt, **inputs) -> dict:
+def describe_task(cfg: Config, command: str, prompt: Prompt, **inputs) -> dict:
     """All that decides the result of a job, of options those in the groups of its command."""
-    used = [f.name for f in dataclasses.fields(cfg)
-            if f.metadata["group"] in groups and f.name not in FREE_TO_CHANGE]
+    used = [f.name for f in dataclasses.fields(cfg) if f.name not in FREE_TO_CHANGE
+            and f.metadata["group"].startswith(("both", command))]
     task = {name: getattr(cfg, name) for name in used} | {"prompt": prompt.hash, **inputs}
     return json.loads(json.dumps(task))  # as it will be read back
 
@@ -2398,11 +2198,6 @@ def refuse_change(where: Path, before: dict, now: dict) -> None:
 
 class Log:
     """Lines on the screen and in metrics.jsonl, sampled answers in samples.jsonl."""
-
-    SHOWN = ("loss", "reward", "reward/ndcg", "reward/recall", "reward/alignment", "format_ok",
-             "kl", "entropy", "completion_tokens", "truncated", "zero_spread", "clip_share",
-             "mismatch", "grad_norm", "lr", "tokens_per_s", "eval/ndcg@10", "eval/format_ok",
-             "skipped", "dropped")
 
     def __init__(self, out: Path, every: int = 1):
         self.files, self.every = (out / "metrics.jsonl", out / "samples.jsonl"), every
@@ -2425,18 +2220,16 @@ class Log:
             append_json(path, *({"stage": stage, "step": step, **row} for row in rows))
         trouble = numbers.get("skipped") or numbers.get("dropped")
         if trouble or step % self.every == 0 or step in (1, n_steps):
-            shown = [f"{name.partition('/')[2] or name} {numbers[name]:.4g}" for name in self.SHOWN
-                     if name in numbers and (numbers[name] or name not in ("skipped", "dropped"))]
+            shown = [f"{name.partition('/')[2] or name} {x:.4g}" for name, x in numbers.items()
+                     if x or name not in ("skipped", "dropped")]
             kind = "held-out groups: " if "eval/ndcg@10" in numbers else ""
             left = f" | left {clock(eta_s)}" if eta_s else ""
             tqdm.write(f"{stage} {step}/{n_steps} | {kind}{' '.join(shown)}{left}")
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1h02m, 3m05s or 12s."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"
+    """Seconds as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 @contextlib.contextmanager
@@ -2465,6 +2258,147 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+# --- Decoding: many answers to each prompt, the prompt's keys and values stored once --------------
+
+
+class DecodingCache:
+    """Keys and values while decoding G answers to each of B prompts, the prompts' stored once.
+
+    Every step adds one token to each of the R = B*G answers, of which `length` tokens are stored.
+    An answer attends to its prompt and to itself; the two sets of attention logits share one
+    softmax, so this is exact attention.
+    """
+
+    def __init__(self, kept: list[list[Tensor]], lengths: Sequence[int], n_answers: int):
+        """kept: per layer, keys and values as PackedRow keeps them, some prompts after others."""
+        lengths = torch.tensor(lengths, device=kept[0][0].device)  # (B,)
+        longest = int(lengths.max())
+        padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (B, P)
+        self.padding = padding if padding.any() else None
+        self.prompt_tokens, self.n_answers, self.length = lengths, n_answers, 0
+        self.prompts, self.answers = [], []  # per layer: (2, B, H_kv, P, D) and (2, R, H_kv, C, D)
+        for layer in kept:
+            padded = [F.pad(pair, (0, 0, 0, longest - pair.shape[3])) for pair in layer]
+            self.prompts.append(torch.cat(padded, dim=1))
+            self.answers.append(self.prompts[-1][:, :, :, :0].repeat_interleave(n_answers, 1))
+            layer.clear()  # free the unpadded copy before the next layer is padded
+
+    def attend(self, layer: int, query, key, value, scaling) -> Tensor:
+        """One new token an answer: query (R, H, 1, D), key and value (R, H_kv, 1, D)."""
+        n_answers, n_kv = self.n_answers, key.shape[1]
+        prompt_keys, prompt_values = self.prompts[layer]
+        keys, values = self._append(layer, key, value).unflatten(1, (-1, n_answers))
+        rows = query.reshape(-1, n_answers, n_kv, query.shape[1] // n_kv, query.shape[3])
+
+        def by_prompt(rows):  # (B, G, H_kv, H/H_kv, X) -> (B, H_kv, G * H/H_kv, X)
+            return rows.transpose(1, 2).flatten(2, 3)
+
+        def by_answer(rows):  # and back
+            return rows.unflatten(2, (n_answers, -1)).transpose(1, 2)
+
+        to_prompt = (by_prompt(rows) @ prompt_keys.mT).float() * scaling
+        if self.padding is not None:
+            to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
+        to_answer = by_prompt(rows @ keys.mT).float() * scaling
+        weights = torch.cat([to_prompt, to_answer], dim=-1).softmax(-1).to(query.dtype)
+        of_prompt, of_answer = weights.split([to_prompt.shape[-1], to_answer.shape[-1]], dim=-1)
+        output = by_answer(of_prompt @ prompt_values) + by_answer(of_answer) @ values
+        return output.reshape(query.shape)
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
+        """Write one token into a buffer that doubles when full; returns what is filled."""
+        buffer = self.answers[layer]
+        if self.length == buffer.shape[3]:
+            buffer = F.pad(buffer, (0, 0, 0, max(64, self.length)))
+            self.answers[layer] = buffer
+        buffer[0, :, :, self.length] = key[:, :, 0]
+        buffer[1, :, :, self.length] = value[:, :, 0]
+        return buffer[:, :, :, : self.length + 1]
+
+    def keep(self, prompts: Tensor, rows: Tensor, n_answers: int) -> None:
+        """Go on with these prompts, and with these rows as their answers."""
+        if len(prompts) < len(self.prompt_tokens):
+            self.prompts = [pair[:, prompts] for pair in self.prompts]
+            self.prompt_tokens = self.prompt_tokens[prompts]
+            self.padding = None if self.padding is None else self.padding[prompts]
+        self.answers = [pair[:, rows] for pair in self.answers]
+        self.n_answers = n_answers
+
+
+def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
+    """Run each prompt once. Returns the logits after each (B, V), and the keys and values."""
+    states, kept = [], [[] for _ in range(model.get_decoder().config.num_hidden_layers)]
+    ends = list(itertools.accumulate(map(len, prompts)))
+    for _, chunk in itertools.groupby(range(len(prompts)), lambda b: ends[b] // max_tokens):
+        # An empty answer to each prompt: its place is that of the prompt's last token.
+        inputs, places = packed_inputs([(prompts[b], [[]]) for b in chunk], model.device)
+        row = inputs[2]
+        row.kept = []
+        states.append(Policy(model).hidden(inputs, [last for last, in places]))
+        for layer, pair in zip(kept, row.kept, strict=True):
+            layer.append(pair)
+    return model.get_output_embeddings()(torch.cat(states)), kept
+
+
+@torch.no_grad()
+def sample_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
+                   max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
+                   top_p: float = 1.0) -> list[list[list[int]]]:
+    """Decode len(seeds[b]) answers to each prompt b, as many for every prompt; (B, G) lists of ids.
+
+    Each answer draws from its own random stream, so it does not depend on the others. Once half of
+    them have ended, they are dropped. An answer that ended holds its end token; a cut one does not.
+    """
+    assert not model.training, "decode in eval(): gradient checkpointing and dropout are off there"
+    decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
+    streams = [random_stream(seed, max_new_tokens) for row in seeds for seed in row]
+    uniforms = torch.from_numpy(np.stack(streams)).to(device)  # (R, C), float64
+    logits, kept = prefill(model, prompts)
+    cache = DecodingCache(kept, list(map(len, prompts)), len(seeds[0]))
+    logits = logits.repeat_interleave(cache.n_answers, 0)  # (R, V)
+    rows = torch.arange(len(logits), device=device)  # the answer that each slot decodes
+    live = torch.ones_like(rows, dtype=torch.bool)
+    tokens = torch.full((len(rows), max_new_tokens), end_ids[0], device=device)
+    ends = torch.tensor(list(end_ids), device=device)
+    for step in tqdm(range(max_new_tokens), "tokens", disable=None, leave=False):
+        new = sample_tokens(logits, uniforms[rows, step], temperature, top_p)
+        tokens[rows[live], step] = new[live]
+        live &= ~torch.isin(new, ends)
+        n_live = int(live.sum())
+        if n_live == 0 or step + 1 == max_new_tokens:
+            break
+        if n_live <= len(rows) // 2:
+            grid = compact_slots(live.view(-1, cache.n_answers))
+            slots = grid.flatten()
+            cache.keep(grid[:, 0] // cache.n_answers, slots, grid.shape[1])
+            rows, live, new = rows[slots], live[slots], new[slots]
+        positions = cache.prompt_tokens.repeat_interleave(cache.n_answers) + step
+        states = decoder(input_ids=new[:, None], position_ids=positions[:, None], use_cache=False,
+                         shared=cache).last_hidden_state
+        cache.length += 1
+        logits = head(states[:, 0])
+    return [[cut_answer(ids, end_ids) for ids in row]
+            for row in tokens.view(len(prompts), -1, max_new_tokens).tolist()]
+
+
+def compact_slots(live: Tensor) -> Tensor:
+    """Which slots go on: (B', G') indices into the flat (B, G) grid `live`.
+
+    Prompts without a live answer go; the others keep as many slots as the busiest of them needs,
+    live ones first, so that the rest of a row is filled by answers that have ended.
+    """
+    counts = live.sum(1)
+    order = live.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    order = order + torch.arange(len(live), device=live.device)[:, None] * live.shape[1]
+    return order[counts > 0, : int(counts.max())]
+
+
+def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Decoded ids up to and including the first end token."""
+    stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
+    return ids[: stop + 1]
+
+
 # --- Who answers: a local model, or servers -------------------------------------------------------
 
 
@@ -2488,7 +2422,7 @@ def plan_waves(prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int
 @torch.no_grad()
 def generate_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
                      max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
-                     top_p: float = 1.0, tick: Callable | None = None) -> list[list[list[int]]]:
+                     top_p: float = 1.0) -> list[list[list[int]]]:
     """sample_answers() by the library, for models that cannot share prompts.
 
     Its draws depend on the batch, so the same answers come again for the same batch alone.
@@ -2502,39 +2436,25 @@ def generate_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Se
     own, model.generation_config = model.generation_config, transformers.GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0],
         num_return_sequences=len(seeds[0]), do_sample=temperature > 0, **sampling)
-
-    def never(found, *_, **__):  # stops nothing, but is called after each token
-        if tick is not None:
-            ended = torch.isin(found[:, ids.shape[1] :], torch.tensor(end_ids, device=found.device))
-            tick(int(ended.any(1).sum()), found.shape[1] - ids.shape[1])
-        return torch.zeros(len(found), dtype=torch.bool, device=found.device)
-
     try:
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(repr(seeds).encode()))
-            rows = model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=[never])
-            rows = rows[:, ids.shape[1] :].tolist()
+            rows = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
     finally:
         model.generation_config = own
-    answers = iter(cut_answer(row, end_ids) for row in rows)
-    return [list(itertools.islice(answers, len(row))) for row in seeds]
+    return [[cut_answer(ids, end_ids) for ids in row]
+            for row in rows.unflatten(0, (len(prompts), -1)).tolist()]
 
 
-class DecodingProgress:
-    """How decoding goes on: a bar in a terminal, elsewhere a line a minute."""
-
-    def __init__(self, n_answers: int):
-        self.bar = tqdm(total=n_answers, desc="answers", disable=None, leave=False)
-        self.n_before, self.said_at = 0, time.monotonic()  # answers of earlier waves
-
-    def __call__(self, n_ended: int, n_tokens: int) -> None:
-        """Called after each token of a wave."""
-        self.bar.set_postfix_str(f"{n_tokens} tokens", refresh=False)
-        self.bar.update(self.n_before + n_ended - self.bar.n)
-        if self.bar.disable and time.monotonic() - self.said_at > 60:
-            self.said_at = time.monotonic()
-            print(f"... {self.n_before + n_ended} of {self.bar.total} answers have ended, the"
-                  f" others have {n_tokens} tokens", flush=True)
+def digit_ids(tokenizer) -> list[int]:
+    """The ten tokens that stand for 0 .. 9 behind a document's key."""
+    keys = [f'{{"[1]":{digit}' for digit in range(10)]
+    rows = tokenizer(keys, add_special_tokens=False)["input_ids"]
+    words = [tokenizer.decode([row[-1]]).strip() for row in rows]
+    if words != list("0123456789") or any(row[:-1] != rows[0][:-1] for row in rows):
+        raise ValueError("--answer direct reads one digit a document, and this model's tokenizer"
+                         f" does not write every digit as one token of its own: {words}")
+    return [row[-1] for row in rows]
 
 
 class LocalModel:
@@ -2580,23 +2500,27 @@ class LocalModel:
         size = 2 if self.machine.dtype != torch.float32 else self.model.dtype.itemsize
         return int(gib * 2**30 / (2 * config.num_hidden_layers * n_heads * width * size))
 
-    def in_waves(self, waves: list[list[int]], work: Callable) -> dict:
-        """{item: result} of work(wave) -> results, wave by wave.
+    def in_waves(self, waves: list[list[int]], work: Callable) -> list:
+        """The results of work(wave) -> results for all items, wave by wave.
 
-        A wave without memory is done in halves; an item that does not fit alone has no result.
+        A wave without memory is done in halves; the result of an item that does not fit alone is
+        an empty list.
         """
         self.model.eval()
-        found: dict = {}
-        while waves:
-            wave = waves.pop(0)
-            try:
-                found |= zip(wave, work(wave), strict=True)
-            except torch.OutOfMemoryError:
-                print_once("note: out of memory, which costs time and may cost answers: lower"
-                           " --cache-gib (decoding) or --max-prompt-tokens")
-                half = len(wave) // 2
-                waves[:0] = [wave[:half], wave[half:]] if half else []
-        return found
+        results: list = [[]] * sum(map(len, waves))
+        with tqdm(total=len(results), desc="prompts", disable=None, leave=False) as bar:
+            while waves:
+                wave = waves.pop(0)
+                try:
+                    for item, result in zip(wave, work(wave), strict=True):
+                        results[item] = result
+                    bar.update(len(wave))
+                except torch.OutOfMemoryError:
+                    print_once("note: out of memory, which costs time and may cost answers: lower"
+                               " --cache-gib (decoding) or --max-prompt-tokens")
+                    half = len(wave) // 2
+                    waves[:0] = [wave[:half], wave[half:]] if half else []
+        return results
 
     def sample(self, prompts: Sequence[list[int]], seeds, temperature: float = 1.0,
                top_p: float = 1.0) -> list[list[list[int]]]:
@@ -2604,20 +2528,15 @@ class LocalModel:
         shares, n_answers = shares_prompts(self.model), len(seeds[0]) if seeds else 0
         waves = plan_waves([len(p) for p in prompts], n_answers, self.cfg.max_new_tokens,
                            self.cache_tokens(), shares)
-        progress = DecodingProgress(len(prompts) * n_answers)
-        decode = functools.partial(sample_answers if shares else generate_answers, tick=progress)
+        decode = sample_answers if shares else generate_answers
 
         def work(wave: list[int]) -> list[list[list[int]]]:
             with self.machine.autocast():
-                rows = decode(self.model, [prompts[b] for b in wave], [seeds[b] for b in wave],
+                return decode(self.model, [prompts[b] for b in wave], [seeds[b] for b in wave],
                               max_new_tokens=self.cfg.max_new_tokens, end_ids=self.end_ids,
                               temperature=temperature, top_p=top_p)
-            progress.n_before += len(rows) * n_answers
-            return rows
 
-        found = self.in_waves(waves, work)
-        progress.bar.close()
-        return [found.get(b, []) for b in range(len(prompts))]
+        return self.in_waves(waves, work)
 
     @torch.no_grad()
     def score(self, groups: Sequence[Block]) -> list[list[float]]:
@@ -2626,18 +2545,14 @@ class LocalModel:
         """
         policy, n_tokens = Policy(self.model, self.machine.autocast), default_pass(self.machine)
         waves = direct_passes(groups, lambda sizes: range(len(sizes)), self.model, n_tokens)
-        bar = tqdm(total=len(groups), desc="groups", disable=None, leave=False)
 
         def work(wave: list[int]) -> list[list[float]]:
             blocks = [groups[b] for b in wave]
             scores = expected_scores(digit_logprobs(policy, blocks, self.digits))
-            bar.update(len(wave))
             return [own.tolist() if own.isfinite().all() else []
                     for own in scores.split([len(branches) for _, branches in blocks])]
 
-        found = self.in_waves(waves, work)
-        bar.close()
-        return [found.get(b, []) for b in range(len(groups))]
+        return self.in_waves(waves, work)
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats."""
@@ -2654,14 +2569,15 @@ class LocalModel:
             found = self.sample([prompt for prompt, in groups.values()],
                                 [[chats[i].seed] for i in groups], temperature, top_p)
         for (i, group), rows in zip(groups.items(), found, strict=True):
-            n_tokens = sum(map(len, group))
+            told = {"prompt tokens": sum(map(len, group))}
             lost = "out of memory" + ", or scores that are no numbers" * bool(self.digits)
             answers[i] = Completion("", error=lost, hopeless=True)
             if rows and self.digits:
-                answers[i] = Completion("", prompt_tokens=n_tokens, scores=rows)
+                answers[i] = Completion("", scores=rows, counts=told)
             elif rows:
+                told["completion tokens"] = len(rows[0])
                 cut = rows[0][-1] not in self.end_ids
-                answers[i] = Completion(self.text(rows[0]), cut, n_tokens, len(rows[0]))
+                answers[i] = Completion(self.text(rows[0]), cut, counts=told)
         return [answers[i] for i in range(len(chats))]
 
 
@@ -2669,6 +2585,12 @@ class LocalModel:
 def print_once(words: str) -> None:
     """Warn, unless this process did in the same words."""
     print(words, file=sys.stderr, flush=True)
+
+
+def chat_messages(prompt: Prompt, query: str, texts: Sequence[str]) -> list[dict]:
+    """The prompt as chat messages, with queries and documents defused as text."""
+    query, *texts = map(defuse, (query, *texts))
+    return as_chat(prompt.system, prompt.user_turn(query, texts))
 
 
 class NoAnswer(ValueError):
@@ -2709,8 +2631,6 @@ class Endpoint:
             raise ValueError("--endpoint: give an http or https URL, such as http://host:8000/v1,"
                              " without a key, which goes into OPENAI_API_KEY and never into logs")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise ValueError("OPENAI_API_KEY holds characters that no key has")
         self.opener = urllib.request.build_opener(NoRedirects)
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock, self.in_flight = threading.Lock(), Counter()
@@ -2737,7 +2657,7 @@ class Endpoint:
         jobs, answers = [], []
         for chat, own in zip(chats, texts, strict=True):
             turns = chat_messages(chat.prompt, chat.query, own)
-            branches = chat.prompt.branches([break_chat_tokens(defuse(text)) for text in own])
+            branches = chat.prompt.branches(list(map(defuse, own)))
             asked = {"model": self.model, "max_tokens": 1, "temperature": 1.0, "logprobs": True,
                      "top_logprobs": 20, "add_generation_prompt": False,
                      "continue_final_message": True, "seed": seed_of_request(chat.seed)}
@@ -2746,16 +2666,14 @@ class Endpoint:
                 for branch in branches])
         for group in self.ask_all(jobs, lambda job, stop: [self.ask(body, stop) for body in job]):
             told = [one for one in group if one.scores]  # of one document each
-            answers.append(Completion(
-                group[0].text,
-                prompt_tokens=sum(one.prompt_tokens for one in group),
-                completion_tokens=len(told),
-                error="" if told else group[0].error,
-                hopeless=True,
-                scores=[one.scores[0] if one.scores else None for one in group],
-                missing=sum(one.missing for one in told) / max(len(told), 1),
-                failed=tuple(one.error for one in group if one.error),
-            ))
+            counts = sum((Counter(one.counts) for one in told), Counter())
+            counts["mass of no digit"] /= max(len(told), 1)
+            errors = [one.error for one in group if one.error] if told else []
+            counts.update({"failed requests": len(errors)})
+            counts.update(f"error: {error[:200]}" for error in errors)
+            scores = [one.scores[0] if one.scores else None for one in group]
+            answers.append(Completion(group[0].text, error="" if told else group[0].error,
+                                      hopeless=True, scores=scores, counts=counts))
         return answers
 
     def ask_all(self, bodies: Sequence, ask: Callable | None = None) -> list:
@@ -2879,14 +2797,15 @@ class Endpoint:
     def read(self, answer: dict, body: dict) -> Completion:
         """What the JSON of an answer says. Raises where it is not of the form that it should be."""
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        n_prompt, n_answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        told = {f"{kind} tokens": int(usage.get(f"{kind}_tokens") or 0)
+                for kind in ("prompt", "completion")}
         if "top_logprobs" in body:
-            told = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
-            if not told:
+            best = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
+            if not best:
                 raise NoAnswer("an answer without top_logprobs, which --answer direct needs")
-            score, missing = read_digit([(one["token"], one["logprob"]) for one in told])
-            return Completion(repr([one["token"] for one in told]), False, int(n_prompt or 0),
-                              int(n_answer or 0), scores=(score,), missing=missing)
+            score, missing = read_digit([(one["token"], one["logprob"]) for one in best])
+            return Completion(repr([one["token"] for one in best]), scores=(score,),
+                              counts=told | {"mass of no digit": missing})
         message = choice["message"]
         text = message.get("content") or ""
         if isinstance(text, list):  # of parts
@@ -2902,7 +2821,7 @@ class Endpoint:
                                             " no answer stands there")
             text = thought
         truncated = choice.get("finish_reason") == "length"
-        return Completion(text, truncated, int(n_prompt or 0), int(n_answer or 0))
+        return Completion(text, truncated, counts=told)
 
 
 def read_digit(told: Sequence[tuple[str, float]]) -> tuple[float | None, float]:
@@ -2945,9 +2864,7 @@ class RolloutServers(Endpoint):
         shutil.rmtree(self.folder, ignore_errors=True)
         save_adapter(model, self.folder / name, self.cfg.model)
         body = {"lora_name": name, "lora_path": str((self.folder / name).resolve())}
-        pool = concurrent.futures.ThreadPoolExecutor(len(self.urls))  # one may hang
-        faults = list(pool.map(lambda url: self.load_on(url, body), self.urls))
-        pool.shutdown(wait=False)
+        faults = self.ask_all(self.urls, lambda url, _: self.load_on(url, body))
         if all(faults):
             raise ValueError(f"no --rollout-endpoint could load the adapter {self.folder / name}:"
                              f" {self.urls[0]}: {faults[0]}; start vLLM as the README says")
@@ -2988,9 +2905,6 @@ class RolloutServers(Endpoint):
         if errors and all(errors):
             raise ValueError(f"none of {len(errors)} prompts was answered by --rollout-endpoint:"
                              f" {errors[0]}; once the servers work, repeat with --resume")
-        if any(errors):
-            print(f"note: {len(errors) - errors.count('')} prompts had no answer and are left out"
-                  " of this step", flush=True)
         return [list(completion.sampled) for completion in found]
 
     def read(self, answer: dict, body: dict) -> Completion:
@@ -3073,8 +2987,6 @@ class Run:
 
     def save(self, name: str, stage: str, numbers: dict | None = None) -> None:
         """Write the model into OUT/name, or OUT itself, with all that --rerank asks it with."""
-        if not is_first():
-            return
         meta = {"stage": stage, "step": self.step, "metrics": numbers or {},
                 "prompt": dataclasses.asdict(self.prompt), "prompt_hash": self.prompt.hash,
                 **{name: getattr(self.cfg, name) for name in LIMITS},
@@ -3256,7 +3168,7 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
         reference = make_reference(run.policy, run.local.machine, run.local.digits)
     start_stage(run, stage, items, reference, optimizer)
     hidden = not (is_first() and sys.stderr.isatty())
-    for step in tqdm(range(run.step, n_steps), stage, disable=hidden, initial=run.step):
+    for step in tqdm(range(run.step, n_steps), stage, n_steps, disable=hidden, initial=run.step):
         started = time.perf_counter()
         chosen = shuffled_batch(len(items), step, batch, (cfg.seed, 1 if sft else 2))
         rows = [items[i] for i in chosen]
@@ -3328,7 +3240,8 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
                                cfg.max_tokens_per_pass)
     elif stage == "sft":
         done = sft_step(run.policy, optimizer, my_share, rows, lr, cfg.max_tokens_per_pass)
-        done.numbers["n_tokens"] = sum(len(item.response) for item in rows)
+        n_tokens = sum(len(item.response) for item in rows)
+        done.numbers.update(n_tokens=n_tokens, completion_tokens=n_tokens / len(rows))
     elif digits:
         done = direct_grpo_step(run.policy, reference, optimizer, run.reward_rows, my_share, rows,
                                 seeds, lr, digits, cfg)
@@ -3390,7 +3303,7 @@ def keep_best(run: Run, stage: str, n_steps: int) -> None:
         run.log.write(stage, run.step, n_steps, numbers)
     if numbers["eval/ndcg@10"] > run.best:
         run.best = numbers["eval/ndcg@10"]
-        run.save("best", stage, numbers)
+        on_first(run.save, "best", stage, numbers)
 
 
 def run_stages(run: Run, sft_done: bool, stop: list[int]) -> None:
@@ -3407,7 +3320,7 @@ def run_stages(run: Run, sft_done: bool, stop: list[int]) -> None:
         run_stage(run, "sft", stop)
         # GRPO's reference is the SFT model: with LoRA, that is the merged one.
         merge_lora(model)
-        run.save("sft", "sft")
+        on_first(run.save, "sft", "sft")
         # Go on from exactly what was saved, as a resumed run will.
         with torch.no_grad():
             for weight in model.parameters():
@@ -3418,7 +3331,7 @@ def run_stages(run: Run, sft_done: bool, stop: list[int]) -> None:
             base = str(out / "sft") if (out / "sft").exists() else cfg.model
             save_adapter(model, out / "adapter", base)
         merge_lora(model)
-    run.save("", cfg.stage)
+    on_first(run.save, "", cfg.stage)
 
 
 def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
@@ -3436,7 +3349,7 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
     local = LocalModel(model, tokenizer, machine, cfg)
     items, counts = encode_rows(rows, local.encoder, prompt, cfg)
     eval_items, _ = encode_rows(eval_rows, local.encoder, prompt, cfg)
-    check_run(cfg, out, items, eval_items)
+    check_run(cfg, items, eval_items)
     try:
         with contextlib.ExitStack() as stack:
             if is_first():
@@ -3444,7 +3357,6 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
             record = on_first(record_run, cfg, prompt, out)
             n_tokens = record["max_tokens_per_pass"] or default_pass(machine)
             cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
-            spare_threads(model)
             servers = None
             if cfg.rollout_endpoint:
                 servers = RolloutServers(cfg, out, local.end_ids, tokenizer.eos_token_id)
@@ -3460,13 +3372,12 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
         raise ValueError(f"out of memory ({first_line(error)}); repeat the command with --resume"
                          f" --out {out} and a lower --max-tokens-per-pass or --cache-gib; else use"
                          " LoRA or a larger device") from error
-    gather(None)  # nobody goes on before the first process has written the model
     run.seconds["train"] = time.perf_counter() - started
     print(f"wrote the model to {out} in {clock(run.seconds['train'])}")
     return run
 
 
-def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_items: Sequence[Item]) -> None:
+def check_run(cfg: Config, items: Sequence[Item], eval_items: Sequence[Item]) -> None:
     """Find what would fail later, before an old output goes and before hours of training."""
     if cfg.answer == "direct" and cfg.stage != "grpo" and all(i.labels is None for i in items):
         raise ValueError(f'{cfg.data}: no row has "scores", or a "response" with all of them')
@@ -3477,9 +3388,6 @@ def check_run(cfg: Config, out: Path, items: Sequence[Item], eval_items: Sequenc
         raise ValueError(f'{cfg.data}: no row has "scores", which GRPO needs; use --stage sft')
     if missing := [item.id for item in eval_items if item.gold is None]:
         raise ValueError(f'{cfg.eval_data}: row {missing[0]!r} has no "scores"')
-    inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
-    if cfg.overwrite and inside:
-        raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
 
 
 def claim_output(cfg: Config, name: str) -> Path:
@@ -3487,6 +3395,9 @@ def claim_output(cfg: Config, name: str) -> Path:
     tries = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
     out = Path(cfg.out) if cfg.out else next(path for path in tries if not path.exists())
     is_run = (out / "run.json").is_file()
+    inside = files_inside(out, (cfg.model, cfg.data, cfg.eval_data, cfg.prompt_file))
+    if cfg.overwrite and inside:
+        raise ValueError(f"--overwrite would delete {inside[0]}, which lies in {out}")
     if cfg.resume and not is_run:
         raise ValueError(f"--resume needs --out, the folder of a run to continue; {out} is none")
     if not cfg.resume:
@@ -3515,7 +3426,7 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
     """
     hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
               for name in (cfg.data, cfg.eval_data) if name]
-    record = {"task": describe_task(cfg, (BOTH, TRAIN, SFT, GRPO), prompt, data=hashes),
+    record = {"task": describe_task(cfg, "--train", prompt, data=hashes),
               "max_tokens_per_pass": cfg.max_tokens_per_pass, "command": sys.argv[1:],
               "versions": provenance()}
     path = out / "run.json"
@@ -3542,9 +3453,9 @@ def describe_run(run: Run, counts: Counter) -> None:
     """Say what is about to happen, in sizes that would show a wrong setting."""
     cfg, encoder = run.cfg, run.local.encoder
     tokens = [len(item.prompt) + sum(map(len, item.branches)) for item in run.items]
-    print(f"model: {cfg.model}, {run.model.num_parameters():,} parameters, training "
-          + (f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all of them")
-          + f" on {processes()[1]} x {run.local.machine.device} in {run.local.machine.dtype}\n"
+    machine = run.local.machine
+    print(f"model: {cfg.model}, {run.model.num_parameters():,} parameters, LoRA rank"
+          f" {cfg.lora_rank}, on {processes()[1]} x {machine.device} in {machine.dtype}\n"
           f"data: {len(run.items)} rows and {len(run.eval_items)} held-out ones; prompts of"
           f" {min(tokens)} to {max(tokens)} tokens (limit {encoder.max_prompt_tokens}),"
           f" {counts['shortened']} with shortened documents ({counts['cut']} tokens cut),"
@@ -3570,6 +3481,8 @@ def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates
                  counts: Counter) -> list[Ranking]:
     """Rerank queries by cfg.method, together; adds to the counts what the answers were like."""
     rank, own = slide_windows if cfg.method == "listwise" else score_groups, Counter()
+    queries = [query._replace(texts=[trim_document(text, cfg.max_doc_chars, cfg.fold_lines)
+                                     for text in query.texts]) for query in queries]
     rankings = rank(backend, Method(prompt, METHODS[cfg.method].parse), queries, cfg, own)
     n_calls, unread = own["calls"], [key for key in own if key.startswith("unread: ")]
     n_unread = sum(own.pop(key) for key in unread)  # what a model wrote goes into no file
@@ -3669,7 +3582,7 @@ def rerank_settings(given: dict) -> tuple[Config, Prompt]:
     prompt = default_prompt(cfg)
     same = warn_of_answer(cfg, meta)
     if same and "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
-        prompt = Prompt(**{"document": UNSAID} | meta["prompt"])
+        prompt = Prompt(**meta["prompt"])
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
     if same and meta.get("prompt_hash", prompt.hash) != prompt.hash:
@@ -3691,7 +3604,7 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     queries = queries[number - 1 :: n_parts]
     texts = hashlib.sha256(repr(queries).encode("utf-8", "replace")).hexdigest()[:16]
     weights = sorted(Path(cfg.model).glob("*.safetensors")) if not cfg.endpoint else ()
-    task = describe_task(cfg, (BOTH, RERANK), prompt, candidates=texts,  # trained anew: another one
+    task = describe_task(cfg, "--rerank", prompt, candidates=texts,  # trained anew: another one
                          weights=[path.stat().st_mtime_ns for path in weights])
     with open_alone(partial):
         content = b"" if cfg.overwrite else partial.read_bytes()
@@ -3700,9 +3613,10 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
         if batches:
             refuse_change(partial, batches[0]["task"], task)
             print(f"{partial}: goes on after batch {len(batches)}")
-        print("".join(f"note: {n} {note}\n" for note, n in notes.items() if n), end="")
+        for note, n in notes.items():
+            if n:
+                print(f"note: {n} {note}")
         backend = load_backend(cfg)
-        spare_threads(backend.model)
         print(f"rerank {cfg.method}: {len(queries)} queries, model {cfg.model} on"
               f" {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}", flush=True)
         starts = range(0, len(queries), QUERIES_PER_BATCH)[len(batches) :]
@@ -3808,7 +3722,6 @@ def rerank_files(cfg: Config, prompt: Prompt) -> None:
         name = cfg.docs[texts.index("")]
         raise ValueError(f"{name} is empty: give it text or leave it out")
     ranker = GroupRanker(load_backend(cfg), prompt, cfg)
-    spare_threads(ranker.backend.model)
     ranking, counts = ranker.rank_with_reasons(cfg.query, texts)
     print(f"\nquery: {cfg.query}\n\nrank  score  document")
     for place, i in enumerate(ranking.order, 1):
@@ -4025,8 +3938,6 @@ def train_demo(given: dict) -> None:
     if cfg.data and not all(known.issuperset(row.query.split()) for row in read_rows(cfg.data)):
         raise ValueError(f"{cfg.data}: --data needs --model: the demo's model knows only the words"
                          " of its own world (as in the rows of `python synth.py --demo`)")
-    if inside := files_inside(out, (cfg.data, cfg.eval_data)):
-        raise ValueError(f"{inside[0]} lies in {out}: give another --out")
     prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else DEMO_PROMPT
     pick_machine(cfg.device, cfg.precision)  # may refuse: before anything is written
     if not cfg.resume:

@@ -209,8 +209,7 @@ class Teachers:
             for (key, chat), c in made:
                 value = None if c.error else read_answer(step, c.text, len(chat.texts))
                 values.append((value, key) if value else None)
-                self.spent.update(tokens=c.prompt_tokens + c.completion_tokens, tries=1,
-                                  usable=bool(value))
+                self.spent.update(tokens=sum(c.counts.values()), tries=1, usable=bool(value))
                 self.spent["errors"] = self.spent["errors"] + 1 if c.error else 0
                 if not value:
                     line = {"step": step, "model": name, "seed": chat.seed, **vars(c)}
@@ -1012,7 +1011,8 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
         loss_of = functools.partial(retriever_loss, n_queries=batch, known=known.to(machine.device),
                                     temperature=cfg.contrast_temperature)
         loss = cached_backward(encoder, chunks, loss_of, optimizer.backward)
-        norm, _ = optimizer.step(grouprank.learning_rate(step, n_steps, cfg.lr, 0.1, "linear"))
+        lr = grouprank.learning_rate(step, n_steps, cfg.lr, 0.1, "linear")
+        norm = optimizer.step(lr)["grad_norm"]
         if step % max(n_steps // 10, 1) == 0 or step + 1 == n_steps:
             print(f"step {step + 1}/{n_steps} loss {loss:.4f} grad norm {norm:.3f}", flush=True)
     modules = [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "",
@@ -1071,8 +1071,7 @@ def simulated_teacher(world: grouprank.DemoWorld) -> Callable:
             text = f"<reason>simulated</reason><answer>{text}</answer>"
         return text if rng.random() > 0.04 else text[: rng.randrange(len(text))]
 
-    return lambda chats, *sampling: [
-        Completion(text, completion_tokens=len(text) // 4) for text in map(answer, chats)]
+    return lambda chats, *sampling: [Completion(answer(chat)) for chat in chats]
 
 
 def write_demo(folder: Path, world: grouprank.DemoWorld) -> None:

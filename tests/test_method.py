@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import hashlib
 import inspect
 import itertools
 import json
@@ -634,13 +633,6 @@ def test_a_prompt_file_in_the_shape_of_the_released_checkpoints_is_rendered_lett
     assert (tokenizer.decode(ids), n_cut) == (text, 0)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert [m["content"] for m in grouprank.chat_messages(prompt, query, trimmed)] == ["You judge.\n", user.replace("[1]", "[1]")]
-
-
-def test_a_prompt_that_does_not_say_how_documents_are_written_keeps_its_form_and_hash():
-    old = grouprank.Prompt("s", "{query}{documents}", grouprank.UNSAID)
-    assert old.user_turn("q", ["a", "b"]) == "q[1]a\n\n[2]b"
-    assert old.hash == hashlib.sha256(b"s\n---\n{query}{documents}").hexdigest()[:12]
-    assert grouprank.Prompt("s", "{query}{documents}").hash != old.hash
 
 
 def test_the_prompts_hash_changes_with_any_letter(tmp_path):

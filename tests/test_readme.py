@@ -1,4 +1,4 @@
-"""The README and the code say the same: names, defaults, commands, departures."""
+"""The README and the code say the same: names, defaults, commands."""
 
 import ast
 import dataclasses
@@ -109,15 +109,6 @@ def test_the_collection_in_the_readme_is_read(tmp_path):
     (tmp_path / "qrels" / "test.tsv").write_text("\n".join(qrels), encoding="utf-8")
     read = evaluate.read_collection(tmp_path)
     assert read.corpus.keys() == {"d1"} and read.qrels == {"q1": {"d1": 2}}
-
-
-def test_the_departures_are_numbered_as_in_the_code():
-    def numbers(text):
-        return [int(n) for n in re.findall(r"^ *(\d+)\. ", text, flags=re.MULTILINE)]
-
-    section = README.partition("## Departures from the paper")[2].partition("## ")[0]
-    listed = grouprank.__doc__.partition("Departures from the paper")[2].partition("\n\n")[0]
-    assert numbers(section) == numbers(listed) == list(range(1, len(numbers(section)) + 1))
 
 
 def test_the_row_in_the_readme_is_a_training_row():

@@ -1,6 +1,7 @@
 """Reranking (Eq. 1, Sec. 4.5): the three methods, pooling, fusion, retries, interrupted and split
 jobs, local models and servers that misbehave, real passages, Python."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -318,8 +319,8 @@ def test_a_listwise_place_fuses_with_the_first_stage():
 
 
 def test_a_checkpoint_brings_its_method_prompt_and_sizes_and_another_wording_warns(tmp_path, capsys):
-    prompt = grouprank.Prompt("Rate.", "{query} {documents}", grouprank.UNSAID)  # as it was before it said
-    meta = {"prompt": {"system": prompt.system, "user": prompt.user}, "prompt_hash": prompt.hash,
+    prompt = grouprank.Prompt("Rate.", "{query} {documents}", "[{i}]{text}")
+    meta = {"prompt": dataclasses.asdict(prompt), "prompt_hash": prompt.hash,
             "docs_per_group": 7, "max_new_tokens": 50}  # fmt: skip
     (tmp_path / "meta.json").write_text(json.dumps(meta))  # of a groupwise checkpoint
     model, warning = {"model": str(tmp_path)}, "another wording can cost points silently"

@@ -459,7 +459,7 @@ def test_numbers_and_tags_are_found_behind_what_cannot_be_seen_in_linear_time():
     for piece in ("[", "[1", "[ ", "< ", "< /", "[1 ", "1\ufe0f", "<|", "[\ufe0f"):
         for text in (piece * 200_000, "[" + piece * 200_000, "<" + piece * 200_000):
             started = time.perf_counter()
-            grouprank.break_chat_tokens(grouprank.defuse(text))
+            grouprank.defuse(text)
             assert time.perf_counter() - started < 1.0, piece
 
 
@@ -739,15 +739,6 @@ def test_an_id_that_no_run_can_name_is_refused_before_the_first_call(tmp_path, b
 
 
 # --- Slow, or going nowhere -----------------------------------------------------------------------
-
-
-def test_decoding_shows_how_it_goes_once_a_minute_in_a_file(cfg, tmp_path, monkeypatch, capsys):
-    run, now = run_for(cfg, tmp_path), iter(range(0, 10**6, 7))  # a token takes seven seconds
-    monkeypatch.setattr(grouprank.time, "monotonic", lambda: next(now))
-    run.local.sample([item.prompt for item in run.items[:2]], [[(0, i) for i in range(3)]] * 2)
-    lines = re.findall(r"[.]{3} (\d) of 6 answers have ended, the others have (\d+) tokens", capsys.readouterr().out)
-    assert len(lines) >= 80 * 7 // 60 - 1 and [int(n) for _, n in lines] == sorted(int(n) for _, n in lines)
-    assert all(0 <= int(ended) <= 6 for ended, _ in lines)
 
 
 def test_a_first_step_whose_answers_are_cut_and_unreadable_says_what_to_do(place, tmp_path, capsys):
