@@ -76,7 +76,8 @@ minutes with the rerankings) is too short for that; the 75 test queries, ranked 
 | supervised only, 168 steps | 24.34 (20.1 to 28.8) | -23.94, p 0.0001 | 48.28 | 1.0000 | 3.211 | 0.071 | 0.150 |
 
 Held-out groups during training: 60.0, 58.6, 59.9, 59.0, 59.6, 60.5, with GRPO from 57.8 to 61.7;
-supervised only 53.7, 61.3, 62.7, 66.0, 66.0, 65.2.
+supervised only 53.7, 61.3, 62.7, 66.0, 66.0, 65.2. One document a prompt (`--ablation pointwise
+--minutes 10`, beside other work) had time for 6 steps of 20 documents: 23.96 on the held-out queries.
 
 --retrieval --seeds 0 1 2 (22 minutes on the same cores beside other work; 75 and 21 queries; MiniLM
 trained on 120 queries and 770 titles, 28 steps):
