@@ -379,10 +379,8 @@ def measure_steps(args, world, out, model, stage):
     """{stage: seconds of the fastest of four steps}; the first ones allocate."""
     lines = run_training(args, world, out / "warm-up", stage, model, args.batch, 4, 0)
     shutil.rmtree(out / "warm-up")
-    pace = {line["stage"]: math.inf for line in lines}
-    for line in lines:
-        pace[line["stage"]] = min(pace[line["stage"]], line.get("seconds", math.inf))
-    return pace
+    timed = [(line["stage"], line["seconds"]) for line in lines if "seconds" in line]
+    return {stage: min(s for other, s in timed if other == stage) for stage, _ in timed}
 
 
 def train_for(args, world, out, stage, model, seed, seconds, pace):
@@ -624,8 +622,8 @@ def retrieval(args, world, encoder):
 class Judge(BaseHTTPRequestHandler):
     """A teacher's server that knows the judgments: grade as in GRADES, unjudged documents 0."""
 
-    world: Cranfield
-    doc_of: dict  # the first letters of a document, as it stands in a prompt: its id
+    judged: dict  # a query as it stands in a prompt: its judgments
+    doc_of: dict  # the first letters of a document, likewise: its id
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -642,9 +640,7 @@ class Judge(BaseHTTPRequestHandler):
         material = user.partition("\n\nReply in")[0].removeprefix("Query:\n")
         query, _, documents = material.partition("\n\nThe ")
         texts = re.split(r"\n\n\[\d+\] ", documents)[1:]
-        (judged,) = (judged for qid, judged in self.world.fit.items()
-                     if grouprank.defuse(self.world.queries[qid]) == query)  # fmt: skip
-        scores = [GRADES[judged.get(self.doc_of[text[:150]], 0)] for text in texts]
+        scores = [GRADES[self.judged[query].get(self.doc_of[text[:150]], 0)] for text in texts]
         if system == grouprank.POINTWISE_SYSTEM:
             return scores[0]
         if system == grouprank.LISTWISE_SYSTEM:
@@ -661,7 +657,7 @@ def synthesis(args, world, encoder):
     folder = args.out / "synth-data"
     queries = {qid: world.queries[qid] for qid in world.fit}
     evaluate.write_collection(folder, world.corpus, queries, world.fit)
-    Judge.world = world
+    Judge.judged = {grouprank.defuse(world.queries[qid]): world.fit[qid] for qid in world.fit}
     Judge.doc_of = {grouprank.defuse(text)[:150]: doc for doc, text in world.corpus.items()}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
