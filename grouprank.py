@@ -2631,6 +2631,8 @@ class Endpoint:
             raise ValueError("--endpoint: give an http or https URL, such as http://host:8000/v1,"
                              " without a key, which goes into OPENAI_API_KEY and never into logs")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):  # an error would spell it out
+            raise ValueError("OPENAI_API_KEY holds characters that no key has")
         self.opener = urllib.request.build_opener(NoRedirects)
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock, self.in_flight = threading.Lock(), Counter()

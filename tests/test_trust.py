@@ -709,8 +709,10 @@ def test_a_redirect_is_not_followed_with_the_key(monkeypatch, code):
         assert [request[:4] for request in server.requests] == [b"GET ", b"POST"] and other.requests == []
 
 
-def test_keys_that_would_reach_a_log_are_refused():
-    for url in ("https://me:sk-hidden-key@h/v1", "https://h/v1?key=sk-hidden-key"):
+def test_keys_that_would_reach_a_log_are_refused(monkeypatch):
+    for key, url in (("", "https://me:sk-hidden-key@h/v1"), ("", "https://h/v1?key=sk-hidden-key"),
+                     ("sk-hidden\nkey", "https://h/v1"), ("sk-hidden-k\u00e9y", "https://h/v1")):  # fmt: skip
+        monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
             grouprank.Endpoint(url, "m", grouprank.Config())
         assert "hidden" not in str(error.value)
