@@ -408,11 +408,11 @@ def read_collection(folder, queries=None, split="test", keep=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder with corpus.jsonl and queries.jsonl")
-    judged, excluded = folder / "qrels", folder / "excluded.tsv"
+    judged, excluded = folder / "qrels" / f"{split}.tsv", folder / "excluded.tsv"
     return Collection(
         corpus=read_texts(folder / "corpus.jsonl", keep),
         queries=read_texts(folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")),
-        qrels=read_qrels(judged / f"{split}.tsv") if judged.is_dir() else {},
+        qrels=read_qrels(judged) if judged.exists() else {},
         excluded=read_excluded(excluded) if excluded.exists() else {},
     )
 
@@ -436,7 +436,8 @@ def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"
     grades = [(qid, doc, grade) for qid, docs in qrels.items() for doc, grade in docs.items()]
     write_lines(f"{folder}/corpus.jsonl", documents)
     write_lines(f"{folder}/queries.jsonl", ({"_id": q, "text": t} for q, t in queries.items()))
-    write_lines(f"{folder}/qrels/{split}.tsv", [("query-id", "corpus-id", "score"), *grades])
+    if grades:  # a file without any is no qrels
+        write_lines(f"{folder}/qrels/{split}.tsv", [("query-id", "corpus-id", "score"), *grades])
     Path(folder, "excluded.tsv").unlink(missing_ok=True)  # an old one would be applied
     if excluded:
         pairs = [(qid, doc) for qid, docs in excluded.items() for doc in sorted(docs)]
@@ -445,7 +446,7 @@ def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"
 
 # --- BM25 -----------------------------------------------------------------------------------------
 
-WORD = re.compile(r"\w+")  # lower-cased runs of letters, digits and _, of any script; no stemming
+WORD = re.compile(r"\w+")  # runs of letters, digits and _, where spaces part words; no stemming
 STOP_WORDS = (  # the 33 of Lucene's EnglishAnalyzer
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with"
@@ -672,21 +673,20 @@ def _load_r2med(task, source):
 
 
 def _load_beir(task, source):
-    """BeIR/NAME with BeIR/NAME-qrels, or a BEIR folder; only the judged queries are kept."""
+    """BeIR/NAME with BeIR/NAME-qrels, or a BEIR folder."""
     folder = _fetch(f"BeIR/{task}", None, source)
     apart = _fetch(f"BeIR/{task}-qrels", ["test.tsv"], source) / "test.tsv"
     qrels = read_qrels(apart if apart.exists() else folder / "qrels" / "test.tsv")
-    rows = read_rows(folder, "queries")
-    queries = {row["_id"]: row["text"] for row in rows if str(row["_id"]) in qrels}
-    rows = read_rows(folder, "corpus")
-    documents = ((row["_id"], row.get("title") or "", row["text"]) for row in rows)
-    return documents, queries, qrels, {}, {}
+    queries = {row["_id"]: row["text"] for row in read_rows(folder, "queries")}
+    documents = ((row["_id"], row.get("title"), row["text"]) for row in read_rows(folder, "corpus"))
+    alike = task in ("arguana", "quora")  # queries are documents, and must not find themselves
+    return documents, queries, qrels, {q: {q} for q in queries if alike and str(q) in qrels}, {}
 
 
 def prepare(name, out, *, source=None):
     """Make the BEIR folder `out` of bright/TASK, r2med/TASK or beir/NAME, from the hub or `source`.
 
-    Empty and repeated documents are left out. Returns a line that says what was written.
+    Empty and repeated documents and queries without judgements are left out. Returns a line on it.
     """
     from tqdm import tqdm  # its import takes longer than --help: only here is it needed
 
@@ -700,15 +700,15 @@ def prepare(name, out, *, source=None):
     try:
         rows, queries, qrels, excluded, rewritten = loaders[benchmark](task, source)
         for doc, title, text in tqdm(rows, desc=name, unit=" documents", disable=None):
-            if str(doc) in corpus or not f"{title}{text or ''}".strip():
+            if str(doc) in corpus or not f"{title or ''}{text or ''}".strip():
                 n_left_out += 1
             else:
-                corpus[str(doc)] = (title, text or "")
-        queries = {str(qid): text for qid, text in queries.items()}
+                corpus[str(doc)] = (title or "", text or "")
         if odd := [g for docs in qrels.values() for g in docs.values() if float(g) % 1]:
             raise ValueError(f"{name}: the grade {odd[0]} is no whole number; scale them before")
         qrels = {str(qid): {str(doc): int(float(grade)) for doc, grade in docs.items()}
                  for qid, docs in qrels.items()}  # fmt: skip
+        queries = {str(qid): text for qid, text in queries.items() if str(qid) in qrels}
         excluded = {str(qid): set(map(str, docs)) for qid, docs in excluded.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name}: a row lacks a field or holds an odd value ({error})") from None

@@ -36,6 +36,10 @@ Departures from the paper, and choices where it is silent:
    10. Training all parameters (--lora-rank 0) takes 16 bytes a parameter on every device, so the
        paper's full-parameter 7B is beyond one.
    11. Direct scoring (--answer direct) is not in the paper: a group in one forward pass.
+   12. Bracketed numbers in queries and documents become (3), also in code and citations: they would
+       pose as documents.
+   13. AdamW with betas 0.9 and 0.98, without weight decay, gradients clipped to a norm of 1; SFT
+       packs no rows; a question that is asked again samples at a temperature of at least 0.3.
 
 Shape letters: B prompts, G rollouts per prompt, P prompt tokens, C completion tokens, T packed
 tokens or those of a padded row, N all completion tokens (or branches) of a pass or, in reranking,
@@ -47,7 +51,6 @@ Documents are numbered from 1 in prompts and answers, from 0 in code.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -74,6 +77,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -497,7 +501,9 @@ def render_chat(tokenizer, system: str, user: str) -> str:
     from jinja2 import TemplateError  # comes with torch and transformers, which renders with it
 
     # Thinking is off where a template offers the switch: the reasoning goes into <reason>.
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    # Llama's write the date: always the same, or a run would see other prompts on another day.
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False,
+               "date_string": "01 Jan 2026"}
     try:
         return tokenizer.apply_chat_template(as_chat(system, user), **options)
     except TemplateError:  # some templates refuse a system message
@@ -816,7 +822,8 @@ def relative_advantages(rewards, eps: float = 1e-4) -> np.ndarray:
 def k3_divergence(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy || reference) a token, Schulman's low-variance k3: exp(d) - d - 1, d = ref - logp.
 
-    Never negative, 0 where both agree; unbiased when the tokens were sampled from the policy.
+    Never negative, 0 where both agree; unbiased when the tokens were sampled from the policy. (Its
+    gradient is then that of KL(reference || policy), which pulls the same way.)
     """
     d = ref_logp - logp
     return torch.exp(d) - d - 1
@@ -1413,14 +1420,16 @@ def plan_groups(n_docs: int, docs_per_group: int, rounds: int, stride: int,
     """Eq. 1: for each round, split 0..n_docs-1 at random into M = ceil(N / c) groups.
 
     Sizes differ by at most one. With 0 < stride < c the groups of c overlap: they start every
-    `stride` documents of the shuffled circle. With by_rank a group holds neighbouring ranks, still
-    in random order: the two differ in who is compared with whom, not in what stands first.
+    `stride` documents of the shuffled circle. With by_rank a group holds neighbouring ranks of the
+    list, still in random order: who is compared with whom differs, not what stands first.
     """
     plan = []
     for _ in range(rounds):
         order = np.arange(n_docs) if by_rank else rng.permutation(n_docs)
         if 0 < stride < docs_per_group < n_docs:
             starts = range(0, n_docs, stride)
+            if by_rank:  # a list has ends: the last group is the last c
+                starts = sorted({min(start, n_docs - docs_per_group) for start in starts})
             groups = [np.take(order, range(s, s + docs_per_group), mode="wrap") for s in starts]
         else:
             groups = np.array_split(order, math.ceil(n_docs / docs_per_group))
@@ -1552,6 +1561,7 @@ def count_answer(completion: Completion, method: Method, n_docs: int, counts: Co
     counts.update({"calls": 1, **completion.counts})
     if completion.error:
         counts.update(["errors", f"error: {completion.error[:200]}"])
+        counts["hopeless"] += completion.hopeless
         return Answer(None, TAG_FAULT)
     if completion.scores is not None:
         counts["direct"] += 1
@@ -1675,10 +1685,14 @@ def on_first(work: Callable, *args):
 
 
 def my_share(costs: Sequence[float]) -> list[int]:
-    """Indices of the items that this process takes: of the costliest one each, and so on."""
+    """Indices of the items that this process takes: the costliest first, each to the least busy."""
     number, n_processes = processes()
-    costliest_first = sorted(range(len(costs)), key=lambda i: -costs[i])
-    return sorted(costliest_first[number::n_processes])
+    loads, shares = [0.0] * n_processes, [[] for _ in range(n_processes)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        loads[least] += costs[i]
+        shares[least].append(i)
+    return sorted(shares[number])
 
 
 def work_together(costs: Sequence[float], work: Callable) -> list:
@@ -1926,13 +1940,18 @@ def make_reference(policy: Policy, machine: Machine, digits: Sequence[int] = ())
     """
     frozen = policy
     if not lora_layers(policy.model):
-        # Weights in the autocast type, one by one. Buffers keep theirs: rotary frequencies in
+        # In the autocast type is what autocast would cast: then the first KL is exactly 0. All else
+        # stays, the embeddings that the head may share, norms, buffers: rotary frequencies in
         # bfloat16 would turn position 8,000 by whole turns. The settings of attention are shared.
-        config = policy.model.get_decoder().config
+        model, config = policy.model, policy.model.get_decoder().config
+        whole = (model.get_input_embeddings(), model.get_output_embeddings())
+        cast = {id(p) for layer in model.modules() for p in layer.parameters(recurse=False)
+                if isinstance(layer, nn.Linear) and layer not in whole}
         parts = {id(config): config} | {
-            id(p): nn.Parameter(p.detach().to(machine.dtype, copy=True), False)
-            for p in policy.model.parameters()}
-        frozen = Policy(copy.deepcopy(policy.model, parts).eval(), machine.autocast)
+            id(p): nn.Parameter(
+                p.detach().to(machine.dtype if id(p) in cast else p.dtype, copy=True), False)
+            for p in model.parameters()}
+        frozen = Policy(copy.deepcopy(model, parts).eval(), machine.autocast)
 
     @torch.no_grad()
     def reference(blocks: Sequence[Block]) -> Tensor:
@@ -1952,8 +1971,9 @@ class Optimizer:
 
     def __init__(self, model, machine: Machine):
         self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # Fused: the other one for CUDA takes a copy of the weights more in each step.
         self.adam = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.98),
-                                      weight_decay=0.0)
+                                      weight_decay=0.0, fused=machine.device.type == "cuda")
         fp16 = machine.dtype == torch.float16
         # 2^16 would overflow in the first steps; the scale grows by itself when it can.
         self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**13, enabled=fp16)
@@ -2173,8 +2193,8 @@ def files_inside(folder: Path, names: Sequence[str]) -> list[str]:
             if name and Path(name).resolve().is_relative_to(folder.resolve())]
 
 
-# Settings that may differ between the parts of one job: they do not change its result, or what they
-# name is compared itself.
+# Settings that may differ between the parts of one job: where and how fast it runs, or what is
+# compared itself.
 FREE_TO_CHANGE = {"resume", "overwrite", "out", "save_every", "data", "eval_data", "device",
                   "max_tokens_per_pass", "cache_gib", "grad_checkpointing", "rollout_endpoint",
                   "concurrency", "timeout_s", "run", "query", "docs", "prompt_file", "endpoint"}
@@ -2232,16 +2252,20 @@ def clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
+ECHO_S = 2.0
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
     """Yields a list that SIGINT and SIGTERM go into, to end after the step in progress.
 
-    A second one ends at once.
+    A second one ends at once, but for an echo: torchrun passes on what its processes got already.
     """
-    asked: list[int] = []
+    asked, times_s = [], []
 
     def ask(number, _frame):
-        if asked:
+        times_s.append(time.monotonic())
+        if times_s[-1] - times_s[0] > ECHO_S:
             raise KeyboardInterrupt
         asked.append(number)
         # Not print: the signal may have come in the middle of one.
@@ -2273,8 +2297,7 @@ class DecodingCache:
         """kept: per layer, keys and values as PackedRow keeps them, some prompts after others."""
         lengths = torch.tensor(lengths, device=kept[0][0].device)  # (B,)
         longest = int(lengths.max())
-        padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (B, P)
-        self.padding = padding if padding.any() else None
+        self.padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (B, P)
         self.prompt_tokens, self.n_answers, self.length = lengths, n_answers, 0
         self.prompts, self.answers = [], []  # per layer: (2, B, H_kv, P, D) and (2, R, H_kv, C, D)
         for layer in kept:
@@ -2296,10 +2319,9 @@ class DecodingCache:
         def by_answer(rows):  # and back
             return rows.unflatten(2, (n_answers, -1)).transpose(1, 2)
 
-        to_prompt = (by_prompt(rows) @ prompt_keys.mT).float() * scaling
-        if self.padding is not None:
-            to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
-        to_answer = by_prompt(rows @ keys.mT).float() * scaling
+        to_prompt = attention_logits(by_prompt(rows), prompt_keys) * scaling
+        to_prompt.masked_fill_(self.padding[:, None, None], -math.inf)
+        to_answer = by_prompt(attention_logits(rows, keys)) * scaling
         weights = torch.cat([to_prompt, to_answer], dim=-1).softmax(-1).to(query.dtype)
         of_prompt, of_answer = weights.split([to_prompt.shape[-1], to_answer.shape[-1]], dim=-1)
         output = by_answer(of_prompt @ prompt_values) + by_answer(of_answer) @ values
@@ -2320,9 +2342,23 @@ class DecodingCache:
         if len(prompts) < len(self.prompt_tokens):
             self.prompts = [pair[:, prompts] for pair in self.prompts]
             self.prompt_tokens = self.prompt_tokens[prompts]
-            self.padding = None if self.padding is None else self.padding[prompts]
+            self.padding = self.padding[prompts]
         self.answers = [pair[:, rows] for pair in self.answers]
         self.n_answers = n_answers
+
+
+def attention_logits(query: Tensor, key: Tensor) -> Tensor:
+    """query key^T, (.., M, D) and (.., N, D) -> (.., M, N), in float32 (float64 stays float64).
+
+    In half precision the products would be rounded, as they are not in training: by several percent
+    in models whose keys have large biases, and fp16 would overflow.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        if query.is_cuda and query.dtype.itemsize == 2:
+            rows, columns = query.flatten(0, -3), key.flatten(0, -3).mT
+            return torch.bmm(rows, columns, out_dtype=torch.float32).unflatten(0, query.shape[:-2])
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return query.to(wide) @ key.to(wide).mT
 
 
 def prefill(model, prompts: Sequence[Sequence[int]], max_tokens: int = 32768):
@@ -2402,23 +2438,6 @@ def cut_answer(ids: list[int], end_ids: Sequence[int]) -> list[int]:
 # --- Who answers: a local model, or servers -------------------------------------------------------
 
 
-def plan_waves(prompt_tokens: Sequence[int], n_answers: int, max_new_tokens: int,
-               budget_tokens: int, shared: bool = True) -> list[list[int]]:
-    """Group prompts, longest first, so that the padded cache of a wave fits the budget.
-
-    Shared, a prompt is cached once; otherwise once for each of its answers.
-    """
-    copies, waves = 1 if shared else n_answers, []
-    for b in sorted(range(len(prompt_tokens)), key=lambda b: -prompt_tokens[b]):
-        longest = prompt_tokens[waves[-1][0]] if waves else math.inf
-        each = copies * longest + n_answers * max_new_tokens
-        if waves and (len(waves[-1]) + 1) * each <= budget_tokens:
-            waves[-1].append(b)
-        else:
-            waves.append([b])
-    return waves
-
-
 @torch.no_grad()
 def generate_answers(model, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[tuple]], *,
                      max_new_tokens: int, end_ids: Sequence[int], temperature: float = 1.0,
@@ -2460,9 +2479,8 @@ def digit_ids(tokenizer) -> list[int]:
 class LocalModel:
     """Answers prompts with a transformers model on this machine.
 
-    The groups of a query share its words and the instructions, which are prefilled anew for each:
-    with 20 documents of 300 tokens they are 5 % of a prompt, and running them once as the start of
-    packed rows made prefill slower on a CPU (0.6x), whose masked attention cannot skip blocks.
+    What the groups of a query share, its words and the instructions, is prefilled anew for each: it
+    is 5 % of a prompt of 20 documents of 300 tokens.
     """
 
     def __init__(self, model, tokenizer, machine: Machine, cfg: Config):
@@ -2491,9 +2509,12 @@ class LocalModel:
 
     def cache_tokens(self) -> int:
         """Tokens whose keys and values fit into --cache-gib."""
-        config, gib = self.model.get_decoder().config, self.cfg.cache_gib or 1.0
+        config = self.model.get_decoder().config
+        gib = self.cfg.cache_gib or 1.0
         if not self.cfg.cache_gib and self.machine.device.type == "cuda":
-            gib = 0.4 * torch.cuda.mem_get_info(self.machine.device)[0] / 2**30
+            device = self.machine.device  # what PyTorch has reserved and not in use is free, too
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            gib = 0.4 * (torch.cuda.mem_get_info(device)[0] + unused) / 2**30
         n_heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
         n_heads = getattr(config, "num_key_value_heads", None) or n_heads
@@ -2525,9 +2546,12 @@ class LocalModel:
     def sample(self, prompts: Sequence[list[int]], seeds, temperature: float = 1.0,
                top_p: float = 1.0) -> list[list[list[int]]]:
         """Answers to prompts, longest first, in waves that fit the cache."""
-        shares, n_answers = shares_prompts(self.model), len(seeds[0]) if seeds else 0
-        waves = plan_waves([len(p) for p in prompts], n_answers, self.cfg.max_new_tokens,
-                           self.cache_tokens(), shares)
+        shares = shares_prompts(self.model)
+        n_answers = len(seeds[0]) if seeds else 0
+        cached = [len(prompt) * (1 if shares else n_answers) for prompt in prompts]
+        decoded = [[n_answers * self.cfg.max_new_tokens]] * len(prompts)
+        passes = plan_passes(cached, decoded, self.cache_tokens(), packed=False)
+        waves = [[b for b, _ in part] for part in passes]
         decode = sample_answers if shares else generate_answers
 
         def work(wave: list[int]) -> list[list[list[int]]]:
@@ -2543,7 +2567,8 @@ class LocalModel:
         """Direct scores of the branches of each prompt; none where one does not fit, or where they
         are no numbers.
         """
-        policy, n_tokens = Policy(self.model, self.machine.autocast), default_pass(self.machine)
+        policy = Policy(self.model, self.machine.autocast)
+        n_tokens = default_pass(self.machine)
         waves = direct_passes(groups, lambda sizes: range(len(sizes)), self.model, n_tokens)
 
         def work(wave: list[int]) -> list[list[float]]:
@@ -2556,11 +2581,11 @@ class LocalModel:
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats."""
-        groups, answers = {}, {}
+        groups, answers, n_cut = {}, {}, {}
         for i, chat in enumerate(chats):
             try:
-                groups[i], _ = self.encoder.encode(chat.prompt, chat.query, chat.texts,
-                                                   branched=bool(self.digits))
+                groups[i], n_cut[i] = self.encoder.encode(chat.prompt, chat.query, chat.texts,
+                                                          branched=bool(self.digits))
             except ValueError as error:  # such as a query of a million letters
                 answers[i] = Completion("", error=str(error), hopeless=True)
         if self.digits:
@@ -2569,7 +2594,7 @@ class LocalModel:
             found = self.sample([prompt for prompt, in groups.values()],
                                 [[chats[i].seed] for i in groups], temperature, top_p)
         for (i, group), rows in zip(groups.items(), found, strict=True):
-            told = {"prompt tokens": sum(map(len, group))}
+            told = {"prompt tokens": sum(map(len, group)), "document tokens cut": n_cut[i]}
             lost = "out of memory" + ", or scores that are no numbers" * bool(self.digits)
             answers[i] = Completion("", error=lost, hopeless=True)
             if rows and self.digits:
@@ -2641,8 +2666,7 @@ class Endpoint:
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
-        n_letters = 4 * self.cfg.max_doc_tokens  # of a document: the server tokenises, not we
-        cut = [[text[:n_letters] for text in chat.texts] for chat in chats]
+        cut = [self.shorten(chat) for chat in chats]
         if self.cfg.answer == "direct":
             return self.score(chats, cut)
         return self.ask_all([
@@ -2651,12 +2675,21 @@ class Endpoint:
              "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
             for chat, texts in zip(chats, cut, strict=True)])
 
+    def shorten(self, chat: Chat) -> list[str]:
+        """Texts within --max-doc-tokens and --max-prompt-tokens; the server tokenises, so that four
+        letters are taken as a token."""
+        texts = [text[: 4 * self.cfg.max_doc_tokens] for text in chat.texts]
+        n_fixed = len(chat.prompt.system + chat.prompt.user + chat.query)
+        limit = even_limit(list(map(len, texts)), 4 * self.cfg.max_prompt_tokens - n_fixed)
+        return [text[:limit] for text in texts]
+
     def score(self, chats: Sequence[Chat], texts: Sequence[Sequence[str]]) -> list[Completion]:
         """Direct scores: one token a document, whose probabilities are read.
 
         The requests of a group wait for one another, so that the server's prefix cache pays.
         """
-        jobs, answers = [], []
+        jobs = []
+        answers = []
         for chat, own in zip(chats, texts, strict=True):
             turns = chat_messages(chat.prompt, chat.query, own)
             branches = chat.prompt.branches(list(map(defuse, own)))
@@ -2681,34 +2714,22 @@ class Endpoint:
     def ask_all(self, bodies: Sequence, ask: Callable | None = None) -> list:
         """ask(body, stop) for all of them, `concurrency` at a time; results are in their order.
 
-        Without `ask` a body is one request.
+        Without `ask` a body is one request. After an error or Ctrl-C nothing is tried again, and
+        what is in flight is left.
         """
-        ask = ask or self.ask
-        stop, answers = threading.Event(), [concurrent.futures.Future() for _ in bodies]
-        todo = zip(answers, bodies, strict=True)
+        ask, stop, answers = ask or self.ask, threading.Event(), [None] * len(bodies)
 
-        def work() -> None:
-            """Ask until nothing is left."""
-            for answer, body in todo:
-                try:
-                    answer.set_result(ask(body, stop))
-                except ValueError as error:
-                    answer.set_exception(error)
-                finally:
-                    if not answer.done():  # a fault of ours, whose traceback is on the screen
-                        answer.set_exception(RuntimeError("a thread that asks has ended"))
-                if stop.is_set():
-                    break
+        def work(place: int):
+            return place, None if stop.is_set() else ask(bodies[place], stop)
 
-        for _ in range(min(self.cfg.concurrency, len(bodies))):
-            threading.Thread(target=work, daemon=True).start()  # nobody waits for them at the end
-        try:
-            for answer in tqdm(concurrent.futures.as_completed(answers), "answers", len(answers),
-                               disable=None, leave=False):
-                answer.result()  # raises what no other request would get around
-        finally:  # after an error or Ctrl-C nothing is tried again, and what is in flight left
-            stop.set()
-        return [answer.result() for answer in answers]
+        with ThreadPool(max(min(self.cfg.concurrency, len(bodies)), 1)) as pool:
+            try:
+                done = pool.imap_unordered(work, range(len(bodies)))
+                for place, answer in tqdm(done, "answers", len(bodies), disable=None, leave=False):
+                    answers[place] = answer
+            finally:
+                stop.set()
+        return answers
 
     def reach(self) -> None:
         """Find out in seconds, not after all tries of all calls, that no server is there."""
@@ -2911,7 +2932,8 @@ class RolloutServers(Endpoint):
 
     def read(self, answer: dict, body: dict) -> Completion:
         """The answers as token ids with log-probabilities; ValueError where they cannot be used."""
-        choices, sampled = answer["choices"], []
+        choices = answer["choices"]
+        sampled = []
         if answer["model"] != body["model"] or len(choices) != body["n"]:
             raise ValueError(f"{len(choices)} answers by {answer['model']} instead of"
                              f" {body['n']} by {body['model']}")
@@ -3029,7 +3051,8 @@ def shuffled_batch(n_rows: int, step: int, batch: int, seed: Sequence[int]) -> l
 
 def rollout_seeds(items: Sequence[Item], seed: int, step: int, n: int) -> list[list[tuple]]:
     """The names of the random streams of n answers to each row of a batch."""
-    seeds, seen = [], Counter()
+    seeds = []
+    seen = Counter()
     for item in items:  # a row that comes twice in a batch of few rows draws other answers
         numbers = range(seen[item.id] * n, (seen[item.id] + 1) * n)
         seeds.append([(seed, step, item.id, number) for number in numbers])
@@ -3069,18 +3092,24 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
                   + len(item.response or () if sft else ()))
     prompt = longest.prompt
     answers = longest.branches or [longest.response if sft else (prompt * length)[:length]]
-    smallest = len(prompt) + sum(map(len, answers))
+    shares = shares_prompts(run.model)
     n_tokens = run.cfg.max_tokens_per_pass
+
+    def size_of(answers: Sequence) -> int:
+        return len(prompt) * (1 if shares else len(answers)) + sum(map(len, answers))
+
+    smallest = size_of(answers)
+    absent = () if optimizer.adam.state else ("m", "v")  # a run that is resumed has its moments
     run.model.train()  # gradient checkpointing works in this mode alone
     while True:
-        n_fitting = max((n_tokens - len(prompt)) // len(answers[0]), 1)
-        block = (prompt, answers if digits else answers * min(n_answers, n_fitting))
-        size = len(prompt) + sum(map(len, block[1]))
-        blocks = [block] * max(n_tokens // size, 1)
-        zeros = torch.zeros(len(blocks) * (size - len(prompt)), device=run.model.device)
+        n_fitting = max((n_tokens - len(prompt)) // len(answers[0]), 1) if shares else 1
+        own = answers if digits else answers * min(n_answers, n_fitting)
+        # Prompts of unlike length: attention pads and masks them, which takes the most memory.
+        blocks = [(prompt[i % 2 :], own) for i in range(max(n_tokens // size_of(own), 1))]
+        zeros = torch.zeros(len(blocks) * sum(map(len, own)), device=run.model.device)
         moments = []
         try:
-            moments += [torch.zeros_like(w) for w in optimizer.weights.values() for _ in range(2)]
+            moments += [torch.zeros_like(w) for w in optimizer.weights.values() for _ in absent]
             if not digits:
                 grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
             else:
@@ -3092,7 +3121,7 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
             if n_tokens <= smallest:
                 behind = "its branches" if digits else "one answer"
                 raise ValueError(
-                    f"one prompt of {len(prompt)} tokens with {behind} of {smallest - len(prompt)}"
+                    f"one prompt of {len(prompt)} tokens with {behind} of {sum(map(len, answers))}"
                     " does not fit into the device's memory: lower --max-prompt-tokens,"
                     " --max-new-tokens or --docs-per-group, use LoRA, --grad-checkpointing on, or a"
                     " larger device") from None
@@ -3159,7 +3188,8 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
     items = [item for item in run.items if getattr(item, learned) is not None]
     epochs, batch = ((cfg.sft_epochs, cfg.sft_batch) if sft else
                      (cfg.grpo_epochs, cfg.prompts_per_step))
-    n_steps, n_skipped = math.ceil(epochs * len(items) / batch), 0
+    n_steps = math.ceil(epochs * len(items) / batch)
+    n_skipped = 0
     print(f"{stage}: {len(items)} rows, {n_steps} steps of {batch} rows"
           + ("" if sft else f" x {cfg.rollouts_per_prompt} rollouts, {cfg.updates_per_batch}"
              " update(s) each"), flush=True)
@@ -3169,6 +3199,8 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
     if cfg.kl_coef and not sft:
         reference = make_reference(run.policy, run.local.machine, run.local.digits)
     start_stage(run, stage, items, reference, optimizer)
+    if not sft and run.best == -math.inf:  # OUT/best must be better than what GRPO begins with
+        keep_best(run, stage, n_steps)
     hidden = not (is_first() and sys.stderr.isatty())
     for step in tqdm(range(run.step, n_steps), stage, n_steps, disable=hidden, initial=run.step):
         started = time.perf_counter()
@@ -3343,7 +3375,8 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
     """
     from safetensors import SafetensorError
 
-    started, machine = time.perf_counter(), pick_machine(cfg.device, cfg.precision)
+    started = time.perf_counter()
+    machine = pick_machine(cfg.device, cfg.precision)
     rows, eval_rows = (read_rows(path) if path else [] for path in (cfg.data, cfg.eval_data))
     sft_done = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
     model, tokenizer = load_model(str(out / "sft") if sft_done else cfg.model, machine,
@@ -3476,23 +3509,30 @@ QUERIES_PER_BATCH = 64  # asked together; a job stores its results as often
 
 
 class UnreadableAnswers(ValueError):
-    """No answer of a batch could be read: the first stage's order would pass as a reranking."""
+    """No answer could be read."""
 
 
 def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates], cfg: Config,
                  counts: Counter) -> list[Ranking]:
-    """Rerank queries by cfg.method, together; adds to the counts what the answers were like."""
+    """Rerank queries by cfg.method, together; adds to the counts what the answers were like.
+
+    Where a job begins and nothing can be read, that is an error: the first stage's order would pass
+    as a reranking.
+    """
     rank, own = slide_windows if cfg.method == "listwise" else score_groups, Counter()
     queries = [query._replace(texts=[trim_document(text, cfg.max_doc_chars, cfg.fold_lines)
                                      for text in query.texts]) for query in queries]
     rankings = rank(backend, Method(prompt, METHODS[cfg.method].parse), queries, cfg, own)
-    n_calls, unread = own["calls"], [key for key in own if key.startswith("unread: ")]
+    n_calls = own["calls"]
+    n_hopeless = own.pop("hopeless", 0)
+    unread = [key for key in own if key.startswith("unread: ")]
+    begun = counts["calls"] > 0  # then some were read: a few hopeless queries end no job
     n_unread = sum(own.pop(key) for key in unread)  # what a model wrote goes into no file
     start = repr(unread[0].removeprefix("unread: ")) if unread else ""
-    if n_calls and own["errors"] == n_calls:
+    if n_calls and own["errors"] == n_calls and not (begun and n_hopeless == n_calls):
         worst = next(key for key in own if key.startswith("error: "))
         raise ValueError(f"none of {n_calls} calls was answered; the first {worst}")
-    if n_calls and n_unread + own["errors"] == n_calls:
+    if n_calls and n_unread + own["errors"] == n_calls and not begun:
         why = "does it think, and --max-new-tokens ends it first?"
         if own["direct"]:
             why = "does the server go on from where the answer begins (continue_final_message)?"
@@ -3530,12 +3570,15 @@ def read_candidates(cfg: Config) -> tuple[list[Candidates], dict, Counter]:
         raise ValueError(f"{cfg.run} and {cfg.data} share no query: the run has {unknown[0]!r},"
                          f" the collection {next(iter(collection.queries))!r}")
     notes = Counter({"queries without a run": len(collection.queries.keys() - run.keys()),
-                     "run queries not in the collection": len(unknown)})
+                     "run queries not in the collection": len(unknown),
+                     "documents below --top-k are left out": 0})
     queries = []
     for qid, query in collection.queries.items():
         banned = collection.excluded.get(qid, set())
         scores = {d: s for d, s in run.get(qid, {}).items() if d not in banned}
-        ids = evaluate.sort_run(scores)[: cfg.top_k]
+        ranked = evaluate.sort_run(scores)
+        ids = ranked[: cfg.top_k]
+        notes["documents below --top-k are left out"] += len(ranked) - len(ids)
         if missing := [d for d in ids if d not in collection.corpus]:
             raise ValueError(f"{cfg.run}: query {qid!r} names document {missing[0]!r}, which"
                              f" {Path(cfg.data) / 'corpus.jsonl'} does not have, or without text")
@@ -3600,7 +3643,7 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     number, n_parts = map(int, (cfg.shard or "1/1").split("/"))
     out = Path(f"{cfg.out}.{number}-of-{n_parts}" if cfg.shard else cfg.out)
     partial = out.with_name(out.name + ".partial")
-    if not partial.exists():
+    if not partial.exists() or not partial.stat().st_size:
         evaluate.refuse_overwrite(out, cfg.overwrite)
     queries, _, notes = read_candidates(cfg)
     queries = queries[number - 1 :: n_parts]
@@ -3609,9 +3652,12 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
     task = describe_task(cfg, "--rerank", prompt, candidates=texts,  # trained anew: another one
                          weights=[path.stat().st_mtime_ns for path in weights])
     with open_alone(partial):
-        content = b"" if cfg.overwrite else partial.read_bytes()
-        os.truncate(partial, content.rfind(b"\n") + 1)  # a killed process may leave half a line
+        # A killed process may leave half a line.
+        os.truncate(partial, partial.read_bytes().rfind(b"\n") + 1)
         batches = list(evaluate.read_jsonl(partial))
+        if cfg.overwrite and batches and batches[0]["task"] != task:
+            os.truncate(partial, 0)
+            batches = []
         if batches:
             refuse_change(partial, batches[0]["task"], task)
             print(f"{partial}: goes on after batch {len(batches)}")
@@ -3622,27 +3668,25 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
         print(f"rerank {cfg.method}: {len(queries)} queries, model {cfg.model} on"
               f" {cfg.endpoint or backend.machine.device}, prompt {prompt.hash}", flush=True)
         starts = range(0, len(queries), QUERIES_PER_BATCH)[len(batches) :]
+        counts = Counter(batches[-1]["counts"] if batches else ())  # of the whole job
         for start in tqdm(starts, "batches", disable=None):
-            started, counts = time.perf_counter(), Counter()
+            started = time.perf_counter()
             batch = queries[start : start + QUERIES_PER_BATCH]
             run = {}
             for query, ranking in zip(batch, rank_queries(backend, prompt, batch, cfg, counts),
                                       strict=True):
                 ids = [query.ids[i] for i in ranking.order]
                 run[query.qid] = list(zip(ids, carried_scores(ranking), strict=True))
-            batches.append({"task": task, "run": run, "counts": counts,
+            batches.append({"task": task, "run": run, "counts": dict(counts),
                             "seconds": time.perf_counter() - started})
             append_json(partial, batches[-1])
-        write_reranked(out, batches, {"task": task, "prompt": dataclasses.asdict(prompt),
+        write_reranked(out, batches, counts, {"task": task, "prompt": dataclasses.asdict(prompt),
                                       "notes": notes})
         partial.unlink()
 
 
-def write_reranked(out: Path, batches: Sequence[dict], record: dict) -> None:
+def write_reranked(out: Path, batches: Sequence[dict], counts: Counter, record: dict) -> None:
     """Write the run and its sidecar, with the counts and seconds of the whole job."""
-    counts: Counter = Counter()
-    for batch in batches:
-        counts.update(batch["counts"])
     rows = {qid: pairs for batch in batches for qid, pairs in batch["run"].items()}
     seconds = sum(batch["seconds"] for batch in batches)
     write_json(f"{out}.json", {
@@ -3655,17 +3699,10 @@ def write_reranked(out: Path, batches: Sequence[dict], record: dict) -> None:
 
 def describe_counts(counts: Counter) -> str:
     """One line on what the model's answers were like."""
-    faults = "".join(f", {counts[s]} {s}" for s in (*STATUSES[:-1], "truncated", "errors")
-                     if counts[s])
-    errors = "".join(f"\n{n} x {key}" for key, n in counts.items() if key.startswith("error: "))
-    kept = f"{counts['unscored documents']} documents kept their first-stage place"
-    if not counts["direct"]:
-        return (f"{counts['calls']} answers: {counts['ok']} ok{faults};"
-                f" {counts['failed groups']} groups unusable after all tries, {kept}{errors}")
-    missing = counts["mass of no digit"] / counts["direct"]
-    told = f"; probability of no digit: {missing:.2g}" if missing > 0 else ""
-    lost = f", {counts['failed requests']} failed requests" if counts["failed requests"] else ""
-    return f"{counts['direct']} groups scored directly{faults}{lost}; {kept}{told}{errors}"
+    told = {name: n for name, n in sorted(counts.items()) if n}
+    if "mass of no digit" in told:  # added up over groups
+        told["mass of no digit"] /= counts["direct"]
+    return ", ".join(f"{round(n, 3):,} {name}" for name, n in told.items())
 
 
 class GroupRanker:
@@ -3820,7 +3857,8 @@ class DemoWorld:
 
     def respond(self, query: list[int], docs: list[list[str]], rng: random.Random | None) -> str:
         """The reasoning: each query word and its mark, document by document; then the answer."""
-        lines, scores = [], []
+        lines = []
+        scores = []
         for i, words in enumerate(docs, 1):
             marks = self.marks(query, words, rng)
             pairs = zip(self.words(query).split(), marks, strict=True)
@@ -3908,7 +3946,8 @@ def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
     evaluate.write_run(folder / "first.run", run, tag="bm25")
     rows: dict[str, list[dict]] = {}
     for kind, n_rows in DEMO_ROWS.items():
-        rng, name = random.Random(f"{kind} {cfg.seed}"), "dev" if kind == "dev" else "train"
+        rng = random.Random(f"{kind} {cfg.seed}")
+        name = "dev" if kind == "dev" else "train"
         rows.setdefault(name, []).extend(
             world.row(rng, f"{kind}-{i}", cfg.docs_per_group, kind=kind) for i in range(n_rows))
     for name, written in rows.items():
@@ -3980,7 +4019,8 @@ def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None
     for name, path in models.items():
         if (path / "config.json").is_file():
             changes = DEMO_DIRECT if name.startswith("direct") else {}
-            started, own = time.perf_counter(), dataclasses.replace(cfg, **changes)
+            started = time.perf_counter()
+            own = dataclasses.replace(cfg, **changes)
             results[name] = demo_ndcg(own, prompt, folder, path)
             seconds[f"rerank {name}"] = time.perf_counter() - started
     write_json(out / "results.json", {
@@ -4035,14 +4075,18 @@ def add_settings(parser: argparse.ArgumentParser, config_class) -> None:
         groups[name].add_argument(flag(f.name), **options)
 
 
+def new_parser(usage: str, words: str) -> argparse.ArgumentParser:
+    """A command line that says what a script's docstring does, and ends with its commands."""
+    commands = [line for line in words.splitlines() if re.match(" {4}(python|    --)", line)]
+    return argparse.ArgumentParser(
+        usage=usage, description=words.partition("\n")[0],
+        epilog="\n".join(["examples:", *commands]), formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from Config: each option's help, default and the default's source."""
-    commands = __doc__.partition("Commands:\n")[2].partition("\n\n")[0]
-    parser = argparse.ArgumentParser(
-        prog="grouprank.py", usage="grouprank.py (--train | --rerank) [options], see --help",
-        description=__doc__.partition("\n")[0], epilog=f"examples:\n{commands}",
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
-                                          max_help_position=28, width=100))
+    parser = new_parser("grouprank.py (--train | --rerank) [options], see --help", __doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="train; without --model the demo")
     mode.add_argument("--rerank", action="store_true", help="rerank a run, or --docs for --query")
@@ -4054,8 +4098,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run one command."""
     given = vars(build_parser().parse_args(argv))
     do_train, _ = given.pop("train"), given.pop("rerank")
-    for name in given.keys() & {"docs", "rollout_endpoint"}:
-        given[name] = tuple(given[name])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if do_train:

@@ -656,7 +656,7 @@ def synthesis(args, world, encoder):
     """`synth.py` on the training queries that are not held out: its pools, labels and rows."""
     folder = args.out / "synth-data"
     queries = {qid: world.queries[qid] for qid in world.fit}
-    evaluate.write_collection(folder, world.corpus, queries, world.fit)
+    evaluate.write_collection(folder, world.corpus, queries, world.fit, split="train")
     Judge.judged = {grouprank.defuse(world.queries[qid]): world.fit[qid] for qid in world.fit}
     Judge.doc_of = {grouprank.defuse(text)[:150]: doc for doc, text in world.corpus.items()}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)

@@ -304,7 +304,7 @@ def test_a_query_and_files_print_a_ranked_table_with_reasons(demo, capsys):
     out = capsys.readouterr().out
     assert f"query: {query}" in out and "rank  score  document" in out
     assert out.index("reasoning over [1]") < out.index(f"[6] {query.split()[0]} ")  # a readable one
-    assert "; 0 groups unusable" in out
+    assert re.search(r"^\d+ calls, .*\d+ ok", out, re.MULTILINE)
     assert all(out.count(f"{name}: ") == 1 for name in files)
 
 

@@ -63,6 +63,37 @@ def test_packed_rows_are_separate_rows_in_every_precision(device, precision, num
         assert (gradient - slope).norm() < 3 * tolerance * slope.norm()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoding_rounds_no_product_of_queries_and_keys(device, precision):
+    """Large biases give all of them a common part, 80,000 here, beyond fp16; what differs decides."""
+    machine, random = grouprank.pick_machine(device, precision), torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 3, n, 64, generator=random) for n in (5, 40))
+    query[..., 0] = key[..., 0] = 283
+    query, key = (t.to(machine.device, machine.dtype) for t in (query, key))
+    with machine.autocast():
+        found = grouprank.attention_logits(query, key).cpu().double()
+    assert (found - query.cpu().double() @ key.cpu().double().mT).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("numbers", [token_numbers, digit_numbers])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_frozen_copy_is_exactly_the_policy_until_that_moves(device, precision, numbers, tied):
+    machine = grouprank.pick_machine(device, precision)
+    model = tiny_model("qwen2" if tied else "llama").to(machine.device)
+    policy = grouprank.Policy(model, functools.partial(machine.autocast, cache=False))
+    digits = list(range(50, 60)) if numbers is digit_numbers else ()
+    reference = grouprank.make_reference(policy, machine, digits)
+    with torch.no_grad():
+        own = numbers(policy, True)
+        assert torch.equal(reference(blocks_of()), own)
+        model.model.layers[0].mlp.up_proj.weight += 0.01
+        assert not torch.equal(numbers(policy, True), own)
+        assert torch.equal(reference(blocks_of()), own)
+
+
 @pytest.mark.parametrize("answer", ["reason", "direct"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("device", DEVICES)

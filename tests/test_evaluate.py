@@ -550,6 +550,9 @@ def test_rewritten_queries_are_picked_by_name_and_qrels_are_optional(tmp_path):
     write(tmp_path / "queries.gpt4.jsonl", '{"_id": "1", "text": "rewritten"}\n')
     collection = evaluate.read_collection(tmp_path, queries="gpt4")
     assert (collection.queries, collection.qrels, collection.excluded) == ({"1": "rewritten"}, {}, {})
+    write(tmp_path / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\n1\ta\t2\n")
+    assert evaluate.read_collection(tmp_path, queries="gpt4").qrels == {}
+    assert evaluate.read_collection(tmp_path, queries="gpt4", split="train").qrels == {"1": {"a": 2}}
     with pytest.raises(OSError, match="queries.jsonl"):
         evaluate.read_collection(tmp_path)
 
@@ -763,6 +766,9 @@ def test_prepare_beir_keeps_titles_and_only_the_judged_queries(tmp_path, layout)
     collection = evaluate.read_collection(tmp_path / "n")
     assert collection.corpus == {"a": "T\nbody", "b": "x"}
     assert (collection.queries, collection.qrels) == ({"1": "judged"}, {"1": {"a": 2}})
+    assert collection.excluded == {}
+    evaluate.prepare("beir/arguana", tmp_path / "a", source=clone)  # there queries are documents
+    assert evaluate.read_collection(tmp_path / "a").excluded == {"1": {"1"}}
 
 
 @pytest.mark.parametrize("parquet", [False, True])

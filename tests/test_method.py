@@ -607,6 +607,15 @@ def test_a_prompt_without_chat_template_begins_as_the_tokenizer_begins_every_tex
     assert ids.count(begin) == adds and (ids[0] == begin) == adds
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day():
+    """As those of Llama 3 do."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }} {{ messages[-1]['content'] }}")
+    assert grouprank.render_chat(tokenizer, "", "question") == "01 Jan 2026 question"
+
+
 def test_a_template_without_system_role_gets_the_system_text_in_the_users_turn():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (

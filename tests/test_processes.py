@@ -241,7 +241,7 @@ def test_shares_are_of_like_cost_and_hold_everything(monkeypatch):
             found.append(grouprank.my_share(costs))
         return found
 
-    assert shares([5, 1, 4, 2, 3], 2) == [[0, 1, 4], [2, 3]]  # 5 + 3 + 1, 4 + 2
+    assert shares([5, 1, 4, 2, 3], 2) == [[0, 1, 3], [2, 4]]  # 5 + 2 + 1, 4 + 3
     assert shares([7, 7], 4) == [[0], [1], [], []]
     assert shares([], 2) == [[], []]
 

@@ -2,6 +2,7 @@
 jobs, local models and servers that misbehave, real passages, Python."""
 
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -44,6 +45,12 @@ def test_overlapping_groups_give_every_document_the_same_number_of_votes():
     (groups,) = grouprank.plan_groups(100, 20, 1, 10, np.random.default_rng(0))
     assert len(groups) == 10 and {len(group) for group in groups} == {20}
     assert set(Counter(i for group in groups for i in group).values()) == {2}
+
+
+def test_overlapping_groups_of_neighbours_end_where_the_list_ends():
+    (groups,) = grouprank.plan_groups(95, 20, 1, 10, np.random.default_rng(0), True)
+    assert [(min(group), max(group)) for group in groups] == [
+        *((start, start + 19) for start in range(0, 71, 10)), (75, 94)]
 
 
 def test_groups_are_random_and_depend_on_the_seed_alone():
@@ -348,7 +355,9 @@ def test_candidates_honour_exclusions_and_the_cut_and_hold_only_texts_that_the_r
     cfg = grouprank.Config(data=str(tmp_path), run=str(tmp_path / "x.run"), top_k=2)
     queries, _, notes = grouprank.read_candidates(cfg)
     assert [(q.qid, q.ids, list(q.texts)) for q in queries] == [("q", ["c", "a"], ["C", "A"])]
-    assert notes["queries without a run"] == 1
+    assert notes["queries without a run"] == 1 and not notes["documents below --top-k are left out"]
+    (first,), _, notes = grouprank.read_candidates(dataclasses.replace(cfg, top_k=1))
+    assert first.ids == ["c"] and notes["documents below --top-k are left out"] == 1
     assert held[0].corpus.keys() == {"a", "b", "c"}
 
 
@@ -428,6 +437,52 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(collection, command, 
     counts = [sidecar_of(collection / name)["counts"] for name in ("o.run", "whole.run")]
     assert counts[0] == counts[1] and counts[0]["calls"] == 9 * 3
     assert not (collection / "o.run.partial").exists()
+
+
+@pytest.mark.parametrize("fault", ["?", "too long"])
+def test_queries_that_cannot_be_read_end_no_job_that_has_read_others(collection, command, fault):
+    """The last batch is one query: it keeps its order, and is counted."""
+    class OneHopeless(Scripted):
+        def __call__(self, chats, temperature, top_p):
+            answers = super().__call__(chats, temperature, top_p)
+            if all(chat.query == "query 8" for chat in chats):
+                error = fault if fault == "too long" else ""
+                answers = [grouprank.Completion(fault, error=error, hopeless=bool(error))] * len(chats)
+            return answers
+
+    command("o.run", backend=OneHopeless())
+    given, found = (evaluate.read_run(collection / name)["q8"] for name in ("first.run", "o.run"))
+    assert evaluate.sort_run(found) == evaluate.sort_run(given)
+    counts = sidecar_of(collection / "o.run")["counts"]
+    assert counts["unscored documents"] == 7 and counts["ok"] == 8 * 3
+    with pytest.raises(ValueError, match=r"none of \d+ (answers could be read|calls was answered)"):
+        command("q8.run", "--shard=9/9", backend=OneHopeless())  # it alone
+    assert not (collection / "q8.run.9-of-9").exists()
+
+
+def test_the_same_command_goes_on_also_where_it_overwrites(collection, command):
+    (collection / "o.run").write_text("an old one")
+    act = functools.partial(killed_while_writing, collection / "o.run.partial")
+    with pytest.raises(KeyboardInterrupt):
+        command("o.run", "--overwrite", backend=Interrupted(act))
+    assert (collection / "o.run").read_text() == "an old one"
+    rest, whole = command("o.run", "--overwrite"), command("whole.run")
+    assert len(rest.seeds) == len(whole.seeds) - 2 * 2 * 3
+    assert (collection / "o.run").read_bytes() == (collection / "whole.run").read_bytes()
+
+
+def test_a_job_that_never_began_gives_no_leave_to_overwrite(collection, command):
+    def unreachable(*_):
+        raise ValueError("no server can be reached")
+
+    command("o.run")
+    before = (collection / "o.run").read_bytes()
+    with pytest.raises(ValueError, match="no server"):
+        command("o.run", "--overwrite", "--seed=1", backend=unreachable)
+    assert (collection / "o.run.partial").stat().st_size == 0
+    with pytest.raises(ValueError, match="o.run exists"):
+        command("o.run", "--seed=2")
+    assert (collection / "o.run").read_bytes() == before
 
 
 @pytest.mark.parametrize(("option", "message"), [("--rounds=2", "rounds 1, not 2"),
@@ -880,6 +935,9 @@ def test_documents_for_a_server_are_cut_too():
     endpoint.ask_all = lambda bodies: bodies
     (body,) = endpoint([grouprank.Chat(grouprank.Prompt(), "q", ("word " * 100, "short"), (0,))], 0.0, 1.0)
     assert body["messages"][-1]["content"].count("word ") == 4  # four characters for a token
+    endpoint.cfg = grouprank.Config(max_prompt_tokens=100)  # the longest documents pay first
+    chat = grouprank.Chat(grouprank.Prompt("", "{query}{documents}"), "0123", ("x" * 1000, "y" * 300, "z" * 10), (0,))
+    assert list(map(len, endpoint.shorten(chat))) == [(400 - 22 - 10) // 2] * 2 + [10]
 
 
 # --- Python ---------------------------------------------------------------------------------------

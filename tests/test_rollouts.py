@@ -152,7 +152,7 @@ def test_the_distribution_is_said_in_full_and_prompts_are_token_ids(place, tmp_p
         train(place, tmp_path / "out", [server.url], monkeypatch, eval_data=str(place / "rows.jsonl"))
     tokenizer = byte_tokenizer()
     rollouts = [body for body in server.requests if body["n"] == 4]
-    assert len(rollouts) == 6 and len(server.requests) == 6 + 4  # and the held-out rows
+    assert len(rollouts) == 6 and len(server.requests) == 6 + 2 * 4  # and the held-out rows, before and after
     for body in server.requests:
         assert SAMPLING.items() <= body.items()
         assert body["temperature"] == (1.0 if body["n"] == 4 else 0.0)

@@ -304,11 +304,22 @@ def test_a_draw_takes_the_token_whose_interval_of_the_distribution_holds_the_num
     assert grouprank.sample_tokens(logits, uniforms, 1.0, 0.75).tolist() == [1, 1, 1, 2, 2]
 
 
-def test_waves_fit_the_cache_budget_with_the_longest_prompts_first():
-    waves = grouprank.plan_waves([10, 50, 20, 40], 2, 5, budget_tokens=130)
-    assert waves == [[1, 3], [2, 0]]
-    assert grouprank.plan_waves([500], 8, 100, budget_tokens=10) == [[0]]
-    assert grouprank.plan_waves([10, 50, 20, 40], 2, 5, 130, shared=False) == [[1], [3], [2, 0]]
+@pytest.mark.parametrize(("shared", "budget", "expected"), [
+    (True, 130, [[50, 40], [20, 10]]), (True, 10, [[50], [40], [20], [10]]),
+    (False, 130, [[50], [40], [20, 10]])])  # a prompt is stored once for each of its answers
+def test_waves_fit_the_cache_budget_with_the_longest_prompts_first(folders, monkeypatch, shared, budget, expected):
+    local, waves = run_for(settings(folders, max_new_tokens=5), folders).local, []
+
+    def decode(model, prompts, seeds, **_):
+        waves.append(list(map(len, prompts)))
+        return [[[2]] * len(own) for own in seeds]
+
+    monkeypatch.setattr(grouprank, "sample_answers" if shared else "generate_answers", decode)
+    monkeypatch.setattr(local, "cache_tokens", lambda: budget)
+    if not shared:
+        run_rows(local.model)
+    local.sample([[5] * n for n in (10, 50, 20, 40)], [[(0,), (1,)]] * 4)
+    assert waves == expected
 
 
 # --- Training steps -------------------------------------------------------------------------------
@@ -610,6 +621,27 @@ def test_where_not_even_one_answer_fits_the_options_to_lower_are_named(
                              grouprank.Optimizer(run.model, run.local.machine))
 
 
+def test_a_model_that_shares_no_prompts_is_tried_with_rows_and_a_resumed_run_with_its_own_moments(
+    folders, tmp_path, monkeypatch
+):
+    """A pass of 4,096 tokens holds as many rows [prompt, answer] as fit, not more."""
+    run = run_for(settings(folders), tmp_path)
+    run_rows(run.model)
+    optimizer = grouprank.Optimizer(run.model, run.local.machine)
+    tried, made = memory_for(math.inf, monkeypatch), []
+    monkeypatch.setattr(grouprank, "grpo_pass", lambda policy, reference, optimizer, part, cfg: tried.append(
+        sum(len(prompt) + len(row) for prompt, rows in part.blocks for row in rows)))  # fmt: skip
+    monkeypatch.setattr(torch, "zeros_like", lambda *args, like=torch.zeros_like, **options: (
+        made.append(1), like(*args, **options))[1])  # fmt: skip
+    grouprank.fit_memory(run, run.items, 4, None, optimizer)
+    assert 0.85 * 4096 < tried[0] <= 4096
+    assert len(made) == 2 * len(optimizer.weights)
+    grouprank.sft_step(run.policy, optimizer, everything, run.items, 1e-2, 4096)
+    made.clear()
+    grouprank.fit_memory(run, run.items, 4, None, optimizer)
+    assert not made
+
+
 def test_on_a_gpu_memory_is_tried_before_the_first_step_and_what_fits_is_kept(
     folders, tmp_path, monkeypatch, capsys
 ):
@@ -625,6 +657,19 @@ def test_on_a_gpu_memory_is_tried_before_the_first_step_and_what_fits_is_kept(
 
 
 # --- Whole runs -----------------------------------------------------------------------------------
+
+
+def test_where_training_begins_with_grpo_the_best_model_is_measured_from_there_on(folders, tmp_path, monkeypatch):
+    """A model that GRPO makes worse is not the best one."""
+    monkeypatch.setattr(grouprank, "score_completion", lambda text, gold, **_: grouprank.Reward(
+        1.0, "ok", ndcg=1.0 if len(untouched) else 0.5))  # fmt: skip
+    untouched, step = [True], grouprank.Optimizer.step
+    monkeypatch.setattr(grouprank.Optimizer, "step", lambda *args: (untouched.clear(), step(*args))[1])
+    data = str(folders / "rows.jsonl")
+    grouprank.train(settings(folders, stage="grpo", eval_data=data), PROMPT, tmp_path / "run")
+    evaluated = [(line["step"], line["eval/ndcg@10"]) for line in metrics(tmp_path / "run") if "eval/ndcg@10" in line]
+    assert evaluated[0] == (0, 1.0) and evaluated[-1][1] == 0.5
+    assert json.loads((tmp_path / "run" / "best" / "meta.json").read_text())["step"] == 0
 
 
 def test_packed_rows_that_differ_from_separate_ones_are_not_used(

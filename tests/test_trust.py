@@ -152,9 +152,19 @@ def test_a_second_signal_of_either_kind_stops_at_once(cfg, tmp_path, monkeypatch
         pytest.fail("went on")
 
     after_step(monkeypatch, "sft", 2, twice)
+    monkeypatch.setattr(grouprank, "ECHO_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         grouprank.train(cfg, PROMPT, tmp_path / "run")
     assert grouprank.read_state(tmp_path / "run" / "checkpoints" / "sft.pt")["step"] == 1
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_that_comes_twice_at_once_is_one_signal(cfg, tmp_path, monkeypatch):
+    """torchrun passes on what a scheduler has sent to all processes."""
+    after_step(monkeypatch, "sft", 2, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
+    with pytest.raises(SystemExit):
+        grouprank.train(cfg, PROMPT, tmp_path / "run")
+    assert grouprank.read_state(tmp_path / "run" / "checkpoints" / "sft.pt")["step"] == 2
 
 
 @contextlib.contextmanager
@@ -370,6 +380,16 @@ def test_queries_that_the_model_has_no_room_for_are_counted_and_keep_their_order
     errors = [name for name in counts if name.startswith("error: ")]
     assert "error: out of memory" in errors and "leaves no room for 2 documents" in str(errors)
     assert "confidential" not in str(errors)
+
+
+def test_what_was_cut_of_long_documents_is_counted_when_they_are_ranked(place, monkeypatch):
+    cfg = grouprank.Config(model=str(place / "qwen2"), device="cpu", max_new_tokens=1, max_doc_tokens=30)
+    monkeypatch.setattr(grouprank.LocalModel, "text", lambda *_, **__: FIVE.replace("}", ', "[2]": 7}'))
+    backend, counts = grouprank.load_backend(cfg), Counter()
+    query = grouprank.Candidates("q", "word", ["a", "b"], ["Z" * 50, "B"], [2.0, 1.0])
+    grouprank.rank_queries(backend, PROMPT, [query], cfg, counts)
+    assert counts["document tokens cut"] == len(backend.tokenizer("Z" * 50)["input_ids"]) - 30 > 0
+    assert f"{counts['document tokens cut']} document tokens cut" in grouprank.describe_counts(counts)
 
 
 def test_what_was_cut_to_fit_the_context_is_reported(place, tmp_path, capsys):
