@@ -1946,7 +1946,8 @@ def make_reference(policy: Policy, machine: Machine, digits: Sequence[int] = ())
         model, config = policy.model, policy.model.get_decoder().config
         whole = (model.get_input_embeddings(), model.get_output_embeddings())
         cast = {id(p) for layer in model.modules() for p in layer.parameters(recurse=False)
-                if isinstance(layer, nn.Linear) and layer not in whole}
+                if isinstance(layer, nn.Linear) and layer not in whole
+                and machine.dtype != torch.float32}
         parts = {id(config): config} | {
             id(p): nn.Parameter(
                 p.detach().to(machine.dtype if id(p) in cast else p.dtype, copy=True), False)
