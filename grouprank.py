@@ -3517,8 +3517,8 @@ def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates
                  counts: Counter) -> list[Ranking]:
     """Rerank queries by cfg.method, together; adds to the counts what the answers were like.
 
-    Where a job begins and nothing can be read, that is an error: the first stage's order would pass
-    as a reranking.
+    Where nothing at all can be read, that is an error: the first stage's order would pass as a
+    reranking.
     """
     rank, own = slide_windows if cfg.method == "listwise" else score_groups, Counter()
     queries = [query._replace(texts=[trim_document(text, cfg.max_doc_chars, cfg.fold_lines)
@@ -3527,13 +3527,14 @@ def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates
     n_calls = own["calls"]
     n_hopeless = own.pop("hopeless", 0)
     unread = [key for key in own if key.startswith("unread: ")]
-    begun = counts["calls"] > 0  # then some were read: a few hopeless queries end no job
+    # A few odd queries end no job that has read others.
+    few = counts["calls"] > 0 and len(queries) <= QUERIES_PER_BATCH // 8
     n_unread = sum(own.pop(key) for key in unread)  # what a model wrote goes into no file
     start = repr(unread[0].removeprefix("unread: ")) if unread else ""
-    if n_calls and own["errors"] == n_calls and not (begun and n_hopeless == n_calls):
+    if n_calls and own["errors"] == n_calls and not (few and n_hopeless == n_calls):
         worst = next(key for key in own if key.startswith("error: "))
         raise ValueError(f"none of {n_calls} calls was answered; the first {worst}")
-    if n_calls and n_unread + own["errors"] == n_calls and not begun:
+    if n_calls and n_unread + own["errors"] == n_calls and not few:
         why = "does it think, and --max-new-tokens ends it first?"
         if own["direct"]:
             why = "does the server go on from where the answer begins (continue_final_message)?"

@@ -439,25 +439,35 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(collection, command, 
     assert not (collection / "o.run.partial").exists()
 
 
-@pytest.mark.parametrize("fault", ["?", "too long"])
-def test_queries_that_cannot_be_read_end_no_job_that_has_read_others(collection, command, fault):
-    """The last batch is one query: it keeps its order, and is counted."""
-    class OneHopeless(Scripted):
-        def __call__(self, chats, temperature, top_p):
-            answers = super().__call__(chats, temperature, top_p)
-            if all(chat.query == "query 8" for chat in chats):
-                error = fault if fault == "too long" else ""
-                answers = [grouprank.Completion(fault, error=error, hopeless=bool(error))] * len(chats)
-            return answers
+class Hopeless(Scripted):
+    """A back end that has no answer to some queries."""
 
-    command("o.run", backend=OneHopeless())
+    def __init__(self, fault, *queries):
+        super().__init__()
+        self.fault, self.queries = fault, queries
+
+    def __call__(self, chats, temperature, top_p):
+        answers = super().__call__(chats, temperature, top_p)
+        error = self.fault if self.fault == "too long" else ""
+        return [grouprank.Completion(self.fault, error=error, hopeless=bool(error))
+                if chat.query in self.queries else answer for chat, answer in zip(chats, answers, strict=True)]
+
+
+@pytest.mark.parametrize("fault", ["?", "too long"])
+def test_a_query_that_cannot_be_read_ends_no_job_that_has_read_others(collection, command, monkeypatch, fault):
+    """Alone in the last batch it keeps its order, and is counted; a whole batch of them is an error."""
+    monkeypatch.setattr(grouprank, "QUERIES_PER_BATCH", 8)
+    command("o.run", backend=Hopeless(fault, "query 8"))
     given, found = (evaluate.read_run(collection / name)["q8"] for name in ("first.run", "o.run"))
     assert evaluate.sort_run(found) == evaluate.sort_run(given)
     counts = sidecar_of(collection / "o.run")["counts"]
     assert counts["unscored documents"] == 7 and counts["ok"] == 8 * 3
     with pytest.raises(ValueError, match=r"none of \d+ (answers could be read|calls was answered)"):
-        command("q8.run", "--shard=9/9", backend=OneHopeless())  # it alone
+        command("q8.run", "--shard=9/9", backend=Hopeless(fault, "query 8"))  # it alone
     assert not (collection / "q8.run.9-of-9").exists()
+    monkeypatch.setattr(grouprank, "QUERIES_PER_BATCH", 2)
+    with pytest.raises(ValueError, match=r"none of \d+ (answers could be read|calls was answered)"):
+        command("q.run", backend=Hopeless(fault, "query 4", "query 5"))
 
 
 def test_the_same_command_goes_on_also_where_it_overwrites(collection, command):
