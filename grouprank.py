@@ -3994,7 +3994,9 @@ def train_demo(given: dict) -> None:
     if (cfg.stage, cfg.answer) == ("both", "reason"):
         print("\nthe same rows once more, for scores without reasoning (--answer direct)")
         begun = on_first((out / "direct" / "run.json").is_file)
-        direct = dataclasses.replace(cfg, **DEMO_DIRECT, out=str(out / "direct"), resume=begun)
+        changes = {name: given.get(name, value) for name, value in DEMO_DIRECT.items()}
+        changes |= {"answer": "direct", "out": str(out / "direct"), "resume": begun}
+        direct = dataclasses.replace(cfg, **changes)
         done = train(direct, prompt, out / "direct", log_every=250)
         seconds |= {f"direct {name}": s for name, s in done.seconds.items()}
     if is_first():

@@ -293,7 +293,10 @@ def test_the_demo_survives_its_own_overwriting(tmp_path):
         patch.setattr(grouprank, "DEMO_ROWS", {"sft": 16, "grpo": 8, "dev": 2})
         patch.setattr(grouprank, "DEMO_QUERIES", 1)
         for option in ([], ["--overwrite"]):
-            grouprank.main(["--train", "--out", str(tmp_path / "run"), "--device", "cpu", "--retries", "0", *option])
+            grouprank.main(["--train", "--out", str(tmp_path / "run"), "--device", "cpu", "--retries", "0",
+                            "--kl-coef", "0.2", "--answer", "reason", *option])  # fmt: skip
+            told = json.loads((tmp_path / "run" / "direct" / "run.json").read_text())["task"]
+            assert (told["kl_coef"], told["answer"], told["rollouts_per_prompt"]) == (0.2, "direct", 64)
             (tmp_path / "run" / "results.json").unlink()
 
 
