@@ -40,6 +40,8 @@ Departures from the paper, and choices where it is silent:
        pose as documents.
    13. AdamW with betas 0.9 and 0.98, without weight decay, gradients clipped to a norm of 1; SFT
        packs no rows; a question that is asked again samples at a temperature of at least 0.3.
+   14. GRPO takes every row with scores, also those with a response; the paper's 5,907 are others
+       than the 19,262 of its cold start.
 
 Shape letters: B prompts, G rollouts per prompt, P prompt tokens, C completion tokens, T packed
 tokens or those of a padded row, N all completion tokens (or branches) of a pass or, in reranking,
