@@ -2649,6 +2649,7 @@ class Endpoint:
     AGAIN = (408, 429)  # and 5xx: may get better; other answers of 4xx will not
     REST_S, LONGEST_PAUSE_S = 30.0, 60.0
     MOST_NONE = 3  # replies in a row, for each server, that are plainly no answers
+    MOST_LOST = 30  # requests in a row that failed in all their tries
     # Lost connections and time-outs are OSErrors; the others come from answers that are none.
     FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
               AttributeError, ArithmeticError, RecursionError)
@@ -2665,7 +2666,7 @@ class Endpoint:
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         self.lock, self.in_flight = threading.Lock(), Counter()
         self.rests_until = dict.fromkeys(self.urls, 0.0)  # on time.monotonic()'s clock
-        self.n_none = 0  # replies in a row that were no answers
+        self.n_none = self.n_lost = 0  # replies in a row that were no answers; requests without any
 
     def __call__(self, chats: Sequence[Chat], temperature: float, top_p: float) -> list[Completion]:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
@@ -2763,7 +2764,7 @@ class Endpoint:
                 self.in_flight[url] += 1
             try:
                 answer = self.read(self.parse(self.post(url + self.PATH, body)), body)
-                self.rests_until[url], self.n_none = 0.0, 0
+                self.rests_until[url], self.n_none, self.n_lost = 0.0, 0, 0
                 return answer
             except self.FAULTS as error:
                 code, (fault, words, after_s) = getattr(error, "code", 500), self.describe(error)
@@ -2783,6 +2784,10 @@ class Endpoint:
                 print(f"waiting {pause_s:.0f} s for {url} after {fault}", file=sys.stderr)
             if attempt + 1 == self.tries or stop.wait(pause_s):
                 break
+        self.n_lost += 1
+        if self.n_lost > self.MOST_LOST:  # it died in the middle of a job
+            raise ValueError(f"{self.n_lost} requests in a row failed, the last one at {url} with"
+                             f" {fault}: {words}; give the same command again when a server works")
         return Completion("", error=f"{fault} ({attempt + 1} tries)")
 
     def describe(self, error: Exception) -> tuple[str, str, float | None]:

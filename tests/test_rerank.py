@@ -940,6 +940,25 @@ def test_a_dead_server_stops_the_run_instead_of_a_ranking_and_the_screen_says_wh
     assert re.search("note: http://127.0.0.1:9/v1 answered URLError: .*refused", capsys.readouterr().err)
 
 
+def test_a_server_that_dies_in_the_middle_stops_the_job_after_thirty_requests():
+    """Each has had all its tries; a request that succeeds starts the count anew."""
+    endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(concurrency=1), tries=2, backoff_s=0.0)
+    asked = []
+
+    def post(url, body, timeout_s=0.0):
+        asked.append(body["seed"])
+        if len(asked) != 21:  # the eleventh request is answered
+            raise ConnectionResetError("gone")
+        return json.dumps({"choices": [{"message": {"content": "fine"}}]}).encode()
+
+    endpoint.post = post
+    chat = grouprank.Chat(grouprank.Prompt(), "q", ("a",), (0,))
+    with pytest.raises(ValueError, match="31 requests in a row failed, the last one at http://h/v1 with"
+                                         " ConnectionResetError: gone; give the same command again"):
+        endpoint([chat] * 100, 0.0, 1.0)
+    assert len(asked) >= 2 * 10 + 1 + 2 * 31
+
+
 def test_documents_for_a_server_are_cut_too():
     endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(max_doc_tokens=5))
     endpoint.ask_all = lambda bodies: bodies
