@@ -76,8 +76,19 @@ minutes with the rerankings) is too short for that; the 75 test queries, ranked 
 | supervised only, 168 steps | 24.34 (20.1 to 28.8) | -23.94, p 0.0001 | 48.28 | 1.0000 | 3.211 | 0.071 | 0.150 |
 
 Held-out groups during training: 60.0, 58.6, 59.9, 59.0, 59.6, 60.5, with GRPO from 57.8 to 61.7;
-supervised only 53.7, 61.3, 62.7, 66.0, 66.0, 65.2. One document a prompt (`--ablation pointwise
---minutes 10`, beside other work) had time for 6 steps of 20 documents: 23.96 on the held-out queries.
+supervised only 53.7, 61.3, 62.7, 66.0, 66.0, 65.2.
+
+Ten minutes each on the same cores (`--minutes 10 --ablation none twice-lr ranknet no-echo pointwise`,
+seed 0, beside other work, which cost ranknet and one document a prompt steps; the 30 held-out
+queries): no change makes up for the steps that lack.
+
+| | steps | alone | fused | p | Spearman | ECE | held-out groups |
+|---|---|---|---|---|---|---|---|
+| none | 35 | 27.87 | 48.00 | 1.0000 | 0.101 | 0.105 | 61.4, 60.0, 66.6, 69.8, 64.2, 64.6 |
+| twice the rate | 45 | 20.25 | 48.01 | 0.8719 | -0.076 | 0.175 | 61.1, 60.6, 66.2, 65.5, 53.7, 54.8 |
+| ranknet | 27 | 26.59 | 48.00 | 1.0000 | 0.111 | 0.130 | 61.3, 67.2, 66.7, 67.7, 67.4, 68.2 |
+| no echo | 60 | 25.03 | 48.01 | 0.8719 | 0.114 | 0.133 | 58.2, 57.9, 55.8, 59.7, 60.4, 59.4 |
+| one document a prompt | 8 of 20 | 24.35 | 48.26 | 0.5836 | 0.058 | 0.102 | 66.7, 65.2, 67.3, 65.3 |
 
 --retrieval --seeds 0 1 2 (22 minutes on the same cores beside other work; 75 and 21 queries; MiniLM
 trained on 120 queries and 770 titles, 28 steps):
