@@ -369,9 +369,8 @@ def check_text(row):
 
 
 def read_texts(path, keep=None):
-    """{_id: text} of corpus.jsonl or queries.jsonl, or that with .gz; ids of empty texts are left
-    out with a note. All lines are checked, and of the texts those of `keep` held.
-    """
+    """{_id: text} of corpus.jsonl or queries.jsonl, or that with .gz, without empty texts (a note
+    says so). All lines are checked, and of the texts those of `keep` held."""
     texts, seen, n_empty = {}, set(), 0
     packed = Path(f"{path}.gz")
     for doc, text in read_jsonl(packed if packed.exists() else path, check_text):
@@ -409,6 +408,7 @@ def read_collection(folder, queries=None, split="test", keep=None):
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder with corpus.jsonl and queries.jsonl")
     judged, excluded = folder / "qrels" / f"{split}.tsv", folder / "excluded.tsv"
+    judged = judged if judged.exists() else Path(f"{judged}.gz")
     return Collection(
         corpus=read_texts(folder / "corpus.jsonl", keep),
         queries=read_texts(folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")),
@@ -436,9 +436,10 @@ def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"
     grades = [(qid, doc, grade) for qid, docs in qrels.items() for doc, grade in docs.items()]
     write_lines(f"{folder}/corpus.jsonl", documents)
     write_lines(f"{folder}/queries.jsonl", ({"_id": q, "text": t} for q, t in queries.items()))
-    if grades:  # a file without any is no qrels
+    for name in (f"qrels/{split}.tsv", "excluded.tsv"):
+        Path(folder, name).unlink(missing_ok=True)  # an old one would be applied
+    if grades:
         write_lines(f"{folder}/qrels/{split}.tsv", [("query-id", "corpus-id", "score"), *grades])
-    Path(folder, "excluded.tsv").unlink(missing_ok=True)  # an old one would be applied
     if excluded:
         pairs = [(qid, doc) for qid, docs in excluded.items() for doc in sorted(docs)]
         write_lines(f"{folder}/excluded.tsv", [("query-id", "corpus-id"), *pairs])
@@ -720,9 +721,8 @@ def prepare(name, out, *, source=None):
     for kind, texts in rewritten.items():
         lines = ({"_id": str(qid), "text": text} for qid, text in texts.items())
         write_lines(f"{out}/queries.{kind}.jsonl", lines)
-    return (f"{out}: {len(corpus)} documents ({n_left_out} empty or repeated ones left out, "
-            f"{len(absent)} judged ones absent), {len(queries)} queries, rewritten as "
-            f"{', '.join(rewritten) or 'none'}")  # fmt: skip
+    return (f"{out}: {len(corpus)} documents ({n_left_out} left out, {len(absent)} judged ones "
+            f"absent), {len(queries)} queries, rewritten as {', '.join(rewritten) or 'none'}")
 
 
 # --- Pictures -------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class Config:
     model: str = both("", "folder, hub or server name; none: the demo")
     data: str = both("", "training rows (JSONL), or for --rerank a BEIR folder")
     out: str = both("", "folder (--train) or run file (--rerank)")
-    overwrite: bool = both(False, "replace an output that exists")
+    overwrite: bool = both(False, "replace an output that exists; a stopped --rerank goes on")
     resume: bool = both(False, "continue --out after its last checkpoint or batch")
     seed: int = both(0, "seed of every random stream")
     method: str = both("groupwise", "score groups, score single documents, or order windows that"
@@ -145,7 +145,8 @@ class Config:
     stage: str = training("both", "what to train", "paper Sec. 3.3",
         choices=("sft", "grpo", "both"))
     eval_data: str = training("", "held-out rows (JSONL) to evaluate on")
-    eval_every: int = training(50, "steps between evaluations; 0: only at the end")
+    eval_every: int = training(50, "steps between evaluations; 0: only at the end of a stage, and"
+        " before GRPO alone")
     save_every: int = training(100, "steps between checkpoints; 0: only at the end")
     lora_rank: int = training(32, "rank of LoRA on all linear layers; 0 trains all parameters, at"
         " 16 bytes each on one device", "paper Table 10: r 32")
@@ -503,9 +504,9 @@ def render_chat(tokenizer, system: str, user: str) -> str:
     from jinja2 import TemplateError  # comes with torch and transformers, which renders with it
 
     # Thinking is off where a template offers the switch: the reasoning goes into <reason>.
-    # Llama's write the date: always the same, or a run would see other prompts on another day.
+    # Llama's write the date, this one unless told: another day would be another prompt.
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False,
-               "date_string": "01 Jan 2026"}
+               "date_string": "26 Jul 2024"}
     try:
         return tokenizer.apply_chat_template(as_chat(system, user), **options)
     except TemplateError:  # some templates refuse a system message
@@ -2013,6 +2014,8 @@ class Optimizer:
         """Restore what `state` wrote."""
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
+        for group in state["adam"]["param_groups"]:
+            group["fused"] = self.adam.defaults["fused"]  # of this device
         self.adam.load_state_dict(state["adam"])
         self.scaler.load_state_dict(state["scaler"])
 
@@ -2270,9 +2273,9 @@ def stop_on_signals() -> Iterator[list[int]]:
         times_s.append(time.monotonic())
         if times_s[-1] - times_s[0] > ECHO_S:
             raise KeyboardInterrupt
+        if not asked:  # not print: the signal may have come in the middle of one
+            os.write(2, b"\nfinishing this step, then saving (once more: stop at once)\n")
         asked.append(number)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nfinishing this step, then saving (once more: stop at once)\n")
 
     # Python allows handlers in the main thread alone; nohup sets SIG_IGN.
     main = threading.current_thread() is threading.main_thread()
@@ -2649,7 +2652,7 @@ class Endpoint:
     AGAIN = (408, 429)  # and 5xx: may get better; other answers of 4xx will not
     REST_S, LONGEST_PAUSE_S = 30.0, 60.0
     MOST_NONE = 3  # replies in a row, for each server, that are plainly no answers
-    MOST_LOST = 30  # requests in a row that failed in all their tries
+    MOST_LOST = 3  # rounds of requests in flight that all failed in all their tries
     # Lost connections and time-outs are OSErrors; the others come from answers that are none.
     FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
               AttributeError, ArithmeticError, RecursionError)
@@ -2672,12 +2675,17 @@ class Endpoint:
         """Answer all chats, `concurrency` at a time; results are in the order of the chats."""
         cut = [self.shorten(chat) for chat in chats]
         if self.cfg.answer == "direct":
-            return self.score(chats, cut)
-        return self.ask_all([
-            {"model": self.model, "temperature": temperature, "top_p": top_p,
-             "messages": chat_messages(chat.prompt, chat.query, texts),
-             "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
-            for chat, texts in zip(chats, cut, strict=True)])
+            answers = self.score(chats, cut)
+        else:
+            answers = self.ask_all([
+                {"model": self.model, "temperature": temperature, "top_p": top_p,
+                 "messages": chat_messages(chat.prompt, chat.query, texts),
+                 "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
+                for chat, texts in zip(chats, cut, strict=True)])
+        for answer, chat, texts in zip(answers, chats, cut, strict=True):
+            n_letters = sum(map(len, chat.texts)) - sum(map(len, texts))
+            answer.counts["document letters cut"] = n_letters
+        return answers
 
     def shorten(self, chat: Chat) -> list[str]:
         """Texts within --max-doc-tokens and --max-prompt-tokens; the server tokenises, so that four
@@ -2685,7 +2693,7 @@ class Endpoint:
         texts = [text[: 4 * self.cfg.max_doc_tokens] for text in chat.texts]
         n_fixed = len(chat.prompt.system + chat.prompt.user + chat.query)
         limit = even_limit(list(map(len, texts)), 4 * self.cfg.max_prompt_tokens - n_fixed)
-        return [text[:limit] for text in texts]
+        return [text[: limit or None] for text in texts]  # no room at all: the server will say so
 
     def score(self, chats: Sequence[Chat], texts: Sequence[Sequence[str]]) -> list[Completion]:
         """Direct scores: one token a document, whose probabilities are read.
@@ -2711,8 +2719,9 @@ class Endpoint:
             counts.update({"failed requests": len(errors)})
             counts.update(f"error: {error[:200]}" for error in errors)
             scores = [one.scores[0] if one.scores else None for one in group]
+            hopeless = bool(told) or all(one.hopeless for one in group)
             answers.append(Completion(group[0].text, error="" if told else group[0].error,
-                                      hopeless=True, scores=scores, counts=counts))
+                                      hopeless=hopeless, scores=scores, counts=counts))
         return answers
 
     def ask_all(self, bodies: Sequence, ask: Callable | None = None) -> list:
@@ -2785,9 +2794,9 @@ class Endpoint:
             if attempt + 1 == self.tries or stop.wait(pause_s):
                 break
         self.n_lost += 1
-        if self.n_lost > self.MOST_LOST:  # it died in the middle of a job
+        if self.n_lost > self.MOST_LOST * self.cfg.concurrency:  # it died in the middle of a job
             raise ValueError(f"{self.n_lost} requests in a row failed, the last one at {url} with"
-                             f" {fault}: {words}; give the same command again when a server works")
+                             f" {fault}: {words}; go on when a server works (--train: --resume)")
         return Completion("", error=f"{fault} ({attempt + 1} tries)")
 
     def describe(self, error: Exception) -> tuple[str, str, float | None]:
@@ -3107,17 +3116,20 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
         return len(prompt) * (1 if shares else len(answers)) + sum(map(len, answers))
 
     smallest = size_of(answers)
-    absent = () if optimizer.adam.state else ("m", "v")  # a run that is resumed has its moments
+    n_moments = 0 if optimizer.adam.state else 2  # a run that is resumed has them
     run.model.train()  # gradient checkpointing works in this mode alone
     while True:
         n_fitting = max((n_tokens - len(prompt)) // len(answers[0]), 1) if shares else 1
         own = answers if digits else answers * min(n_answers, n_fitting)
-        # Prompts of unlike length: attention pads and masks them, which takes the most memory.
-        blocks = [(prompt[i % 2 :], own) for i in range(max(n_tokens // size_of(own), 1))]
+        # Prompts of unlike length: attention pads and masks them, which takes the most memory. SFT
+        # of responses packs none.
+        shorter = 0 if sft and not digits else 1
+        blocks = [(prompt[i % 2 * shorter :], own) for i in range(max(n_tokens // size_of(own), 1))]
         zeros = torch.zeros(len(blocks) * sum(map(len, own)), device=run.model.device)
         moments = []
         try:
-            moments += [torch.zeros_like(w) for w in optimizer.weights.values() for _ in absent]
+            moments += [torch.zeros_like(w) for w in optimizer.weights.values()
+                        for _ in range(n_moments)]
             if not digits:
                 grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
             else:
@@ -3535,10 +3547,11 @@ def rank_queries(backend: Callable, prompt: Prompt, queries: Sequence[Candidates
     n_hopeless = own.pop("hopeless", 0)
     unread = [key for key in own if key.startswith("unread: ")]
     # A few odd queries end no job that has read others.
-    few = counts["calls"] > 0 and len(queries) <= QUERIES_PER_BATCH // 8
+    few = (counts["calls"] > 0 and len(queries) <= QUERIES_PER_BATCH // 8
+           and n_hopeless == own["errors"])
     n_unread = sum(own.pop(key) for key in unread)  # what a model wrote goes into no file
     start = repr(unread[0].removeprefix("unread: ")) if unread else ""
-    if n_calls and own["errors"] == n_calls and not (few and n_hopeless == n_calls):
+    if n_calls and own["errors"] == n_calls and not few:
         worst = next(key for key in own if key.startswith("error: "))
         raise ValueError(f"none of {n_calls} calls was answered; the first {worst}")
     if n_calls and n_unread + own["errors"] == n_calls and not few:
@@ -3689,8 +3702,8 @@ def rerank_collection(cfg: Config, prompt: Prompt) -> None:
             batches.append({"task": task, "run": run, "counts": dict(counts),
                             "seconds": time.perf_counter() - started})
             append_json(partial, batches[-1])
-        write_reranked(out, batches, counts, {"task": task, "prompt": dataclasses.asdict(prompt),
-                                      "notes": notes})
+        record = {"task": task, "prompt": dataclasses.asdict(prompt), "notes": notes}
+        write_reranked(out, batches, counts, record)
         partial.unlink()
 
 
@@ -3711,7 +3724,8 @@ def describe_counts(counts: Counter) -> str:
     told = {name: n for name, n in sorted(counts.items()) if n}
     if "mass of no digit" in told:  # added up over groups
         told["mass of no digit"] /= counts["direct"]
-    return ", ".join(f"{round(n, 3):,} {name}" for name, n in told.items())
+    return ", ".join(f"{n:,} {name}" if isinstance(n, int) else f"{n:.2g} {name}"
+                     for name, n in told.items())
 
 
 class GroupRanker:
@@ -4029,9 +4043,9 @@ def write_results(cfg: Config, prompt: Prompt, out: Path, seconds: dict) -> None
     }
     for name, path in models.items():
         if (path / "config.json").is_file():
-            changes = DEMO_DIRECT if name.startswith("direct") else {}
+            limits = {key: x for key, x in read_meta(str(path)).items() if key in LIMITS}
             started = time.perf_counter()
-            own = dataclasses.replace(cfg, **changes)
+            own = dataclasses.replace(cfg, **limits)
             results[name] = demo_ndcg(own, prompt, folder, path)
             seconds[f"rerank {name}"] = time.perf_counter() - started
     write_json(out / "results.json", {

@@ -335,8 +335,10 @@ def read_input(cfg: Config) -> Work:
     # What is excluded under one id must not come back under another.
     excluded = {qid: {id_of.get(texts[doc]) for doc in docs if doc in texts}
                 for qid, docs in given.excluded.items()}
-    # The queries of qrels/test.tsv are there to evaluate with, not to learn from.
     topics = [Topic(q, text) for q, text in sorted(given.queries.items()) if q not in given.qrels]
+    if given.queries and not topics:
+        raise ValueError(f"{cfg.data}: qrels/test.tsv judges all queries; they are there to measure"
+                         " with, not to learn from: give others, or --generate-queries")
     work = Work(cfg, {doc: text for text, doc in id_of.items()}, excluded, topics)
     work.counts["documents dropped: too short, or equal"] = len(texts) - len(id_of)
     work.counts["queries left out: judged in qrels/test.tsv"] = len(given.queries) - len(topics)
@@ -901,10 +903,9 @@ def synthesise(cfg: Config, make_models=load_models) -> Work:
             with contextlib.closing(sqlite3.connect(database)) as known:
                 (mean,) = known.execute("SELECT AVG(LENGTH(text)) FROM answers").fetchone()
                 each = mean / 4 if mean else each
-        print(f"dry run: {calls:,.0f} calls, {tokens:,.0f} tokens of prompts, some"
-              f" {each * calls:,.0f} of answers ({each:,.0f} each; the limit is"
-              f" {cfg.max_new_tokens:,}); up to {RETRIES + 1} times as much where answers cannot be"
-              " used; nothing was asked or written")
+        print(f"dry run: {calls:,.0f} calls, {tokens:,.0f} tokens of prompts, {each * calls:,.0f}"
+              f" of answers ({each:,.0f} each; the limit is {cfg.max_new_tokens:,}); up to"
+              f" {RETRIES + 1} times as much where answers cannot be used")
         return work
     with grouprank.open_alone(out / "failures.jsonl"):  # one process, before anything changes
         record = out / "synth.json"

@@ -635,6 +635,7 @@ def test_the_probability_of_no_digit_is_reported_and_no_digit_is_no_score():
         assert grouprank.read_digit([("3", odd), ("4", -1.0)]) == (None, 1.0)
     words = grouprank.describe_counts(grouprank.Counter({"direct": 2, "mass of no digit": 0.5, "calls": 2}))
     assert words == "2 calls, 2 direct, 0.25 mass of no digit"
+    assert "0.00025 mass" in grouprank.describe_counts(grouprank.Counter({"direct": 2, "mass of no digit": 0.0005}))
 
 
 @pytest.mark.parametrize("logprobs", [None, {}, {"content": None}, {"content": []}])

@@ -543,6 +543,9 @@ def test_a_collection_reads_back_as_written_with_titles_in_front(tmp_path):
     assert back.corpus == {"a b": "text", "c": "Title\nbody", "d": "Only a title"}
     assert (back.queries, back.qrels, back.excluded) == (queries, qrels, {"1": {"d"}})
     assert (tmp_path / "qrels" / "test.tsv").read_text().startswith("query-id\tcorpus-id\tscore\n1\tc\t2\n")
+    evaluate.write_collection(tmp_path, corpus, queries, {})
+    back = evaluate.read_collection(tmp_path)
+    assert (back.qrels, back.excluded) == ({}, {})  # old ones would be applied
 
 
 def test_rewritten_queries_are_picked_by_name_and_qrels_are_optional(tmp_path):
@@ -552,6 +555,8 @@ def test_rewritten_queries_are_picked_by_name_and_qrels_are_optional(tmp_path):
     assert (collection.queries, collection.qrels, collection.excluded) == ({"1": "rewritten"}, {}, {})
     write(tmp_path / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\n1\ta\t2\n")
     assert evaluate.read_collection(tmp_path, queries="gpt4").qrels == {}
+    (tmp_path / "qrels" / "test.tsv.gz").write_bytes(gzip.compress(b"query-id\tcorpus-id\tscore\n1\ta\t3\n"))
+    assert evaluate.read_collection(tmp_path, queries="gpt4").qrels == {"1": {"a": 3}}
     assert evaluate.read_collection(tmp_path, queries="gpt4", split="train").qrels == {"1": {"a": 2}}
     with pytest.raises(OSError, match="queries.jsonl"):
         evaluate.read_collection(tmp_path)
@@ -718,7 +723,7 @@ def small_bright(folder, parquet=False):
 def test_prepare_bright_keeps_gold_excluded_and_rewritten_queries(tmp_path, parquet):
     source = small_bright(tmp_path / "clone", parquet)
     _, out, _ = command("--prepare", "bright/pony", "--source", source, "--out", tmp_path / "b")
-    assert "3 documents (1 empty or repeated ones left out, 0 judged ones absent), 2 queries, rewritten as gpt4_reason" in out
+    assert "3 documents (1 left out, 0 judged ones absent), 2 queries, rewritten as gpt4_reason" in out
     collection = evaluate.read_collection(tmp_path / "b")
     assert collection.corpus == {"d/a b.txt": "text of a b", "d/1.txt": "one", "d/2.txt": "two"}
     assert collection.queries == {"0": "q zero", "1": "q one"}
@@ -752,7 +757,7 @@ def test_prepare_r2med_with_the_older_qrels_txt(tmp_path):
 @pytest.mark.parametrize("layout", ["folder", "hub"])
 def test_prepare_beir_keeps_titles_and_only_the_judged_queries(tmp_path, layout):
     clone = tmp_path / "clone"
-    corpus = [{"_id": "a", "title": "T", "text": "body"}, {"_id": "b", "title": "", "text": "x"}]
+    corpus = [{"_id": "a", "title": "T", "text": "body"}, {"_id": "b", "title": None, "text": "x"}]
     queries = [{"_id": "1", "text": "judged"}, {"_id": "2", "text": "of the training split"}]
     if layout == "folder":
         write_rows(clone / "corpus", [{**row, "metadata": {}} for row in corpus], False)

@@ -123,6 +123,7 @@ def test_equal_scores_share_their_mean_rank_so_that_the_other_teacher_decides():
     assert synth.mean_ranks([0, 0, 0]) == [2.0] * 3
     first, second = synth.fuse_ranks(synth.mean_ranks([5, 5]), [2, 1])
     assert second > first
+    assert len(set(synth.fuse_ranks([2, 1, 2.5], [5, 10, 4]))) == 1  # equal products tie exactly
 
 
 def test_the_authors_rows_hold_twice_equation_2(real_data):
@@ -321,6 +322,9 @@ def test_queries_that_are_judged_for_a_test_are_not_learned_from(tmp_path):
     work = synthesise(folder, tmp_path / "out")
     assert "q03" not in {t.qid for t in work.topics} | work.dropped.keys()
     assert work.counts["queries left out: judged in qrels/test.tsv"] == 1
+    evaluate.write_collection(folder, work.corpus, {"q03": "all"}, {"q03": {"d 0/x": 1}})
+    with pytest.raises(ValueError, match="qrels/test.tsv judges all queries.*--generate-queries"):
+        synthesise(folder, tmp_path / "other")
 
 
 def test_every_row_says_where_it_comes_from(made):

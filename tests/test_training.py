@@ -642,6 +642,29 @@ def test_a_model_that_shares_no_prompts_is_tried_with_rows_and_a_resumed_run_wit
     assert not made
 
 
+def test_memory_that_pytorch_holds_and_does_not_use_is_room_for_the_cache(folders, tmp_path, monkeypatch):
+    run = run_for(settings(folders), tmp_path)
+    run.local.machine = grouprank.Machine(torch.device("cuda"), torch.float32)  # so it says
+    for name, gib in (("memory_reserved", 7), ("memory_allocated", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, gib=gib: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 80 * 2**30))
+    of_eight_gib = run.local.cache_tokens()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11 * 2**30, 80 * 2**30))
+    assert run.local.cache_tokens() == pytest.approx(2 * of_eight_gib, abs=1)
+
+
+def test_on_cuda_adam_is_fused_and_takes_the_state_of_one_that_is_not(folders, tmp_path):
+    run = run_for(settings(folders), tmp_path)
+    plain = grouprank.Optimizer(run.model, run.local.machine)
+    grouprank.sft_step(run.policy, plain, everything, run.items, 1e-2, 4096)
+    fused = grouprank.Optimizer(run.model, grouprank.Machine(torch.device("cuda"), torch.float32))
+    fused.load(copy.deepcopy(plain.state()))
+    assert [o.adam.param_groups[0]["fused"] for o in (plain, fused)] == [False, True]
+    before = copy.deepcopy(run.model.state_dict())
+    grouprank.sft_step(run.policy, fused, everything, run.items, 1e-2, 4096)
+    assert not same_weights(run.model, before)
+
+
 def test_on_a_gpu_memory_is_tried_before_the_first_step_and_what_fits_is_kept(
     folders, tmp_path, monkeypatch, capsys
 ):
