@@ -607,21 +607,16 @@ def test_a_prompt_without_chat_template_begins_as_the_tokenizer_begins_every_tex
     assert ids.count(begin) == adds and (ids[0] == begin) == adds
 
 
-def test_a_template_that_writes_the_date_writes_the_same_every_day():
-    """As those of Llama 3 do."""
+@pytest.mark.parametrize(("template", "expected"), [
+    ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+     "{{ date_string }} {{ messages[-1]['content'] }}", "26 Jul 2024 question"),
+    ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+     "{% endif %}<|im_start|>{{ m['content'] }}{% endfor %}", "<|im_start|>rules\n\nquestion")])
+def test_a_template_writes_the_same_date_every_day_and_may_refuse_a_system_turn(template, expected):
+    """As those of Llama 3 write it; the user's turn takes a refused system text."""
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "{{ date_string }} {{ messages[-1]['content'] }}")
-    assert grouprank.render_chat(tokenizer, "", "question") == "26 Jul 2024 question"
-
-
-def test_a_template_without_system_role_gets_the_system_text_in_the_users_turn():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
-        "{% endif %}<|im_start|>{{ m['content'] }}{% endfor %}")
-    assert grouprank.render_chat(tokenizer, "rules", "question") == "<|im_start|>rules\n\nquestion"
+    tokenizer.chat_template = template
+    assert grouprank.render_chat(tokenizer, "rules", "question") == expected
 
 
 def test_a_prompt_file_in_the_shape_of_the_released_checkpoints_is_rendered_letter_by_letter(tmp_path):
