@@ -19,6 +19,10 @@ Training rows are groups of --docs-per-group documents, all different, of two ki
 - The title of an abstract as the query. The abstract is the best document, 10; two thirds of the
   others are BM25's neighbours, 2 (on the topic at best: the rubric's "touches the topic"), the rest
   are drawn at random, 0. No document shows its title here: the best one would be known by its lack.
+Rows get harder: of the n rows of a training, in the i-th one a document that is not relevant is
+replaced by a random unjudged one with probability 1 - i / n. The wording of the prompt is a short one,
+as the rubric is lost on a model of this size: a row of 5 documents of 32 tokens has 448 tokens, not
+662.
 Of the 150 training queries every fifth is held out: the curve, the weight of fusion and every
 setting are chosen on these 30. Abstracts that are judged for a test query or a held-out one are
 documents, but their titles are no queries (770 titles of 1,398 are left).
@@ -37,9 +41,10 @@ Spearman's correlation with the grades, and the expected calibration error (ECE)
 against the mapped grade / 10 in ten bins.
 
 Settings were chosen on the 30 held-out queries: twelve were tried, on an H100 (10 documents of 64
-tokens a group) and an H200 (5 of 32), torch 2.11, bf16, seed 0, supervised training alone unless said
-otherwise. BM25 has 48.00 there; p of the difference of the fused order. The last column is NDCG@10 of
-the held-out groups during training, where BM25's order has 77.1 (groups of 10) or 79.0 (of 5):
+tokens a group) and an H200 (5 of 32), torch 2.11, bf16, seed 0, the product's own wording, rows not
+eased, supervised training alone unless said otherwise; more on the CPU, below. BM25 has 48.00 there;
+p of the difference of the fused order. The last column is NDCG@10 of the held-out groups during
+training, where BM25's order has 77.1 (groups of 10) or 79.0 (of 5):
 
 | settings | groups a step | steps | alone | fused | p | Spearman | ECE | curve |
 |---|---|---|---|---|---|---|---|---|
@@ -60,27 +65,33 @@ The model is at chance until it suddenly is not, within some eighty steps: after
 160 to 1,900 groups, or not at all within the run. Where that happens, fusion beats BM25. What holds a
 run back is the number of steps before it, not the method, nor groups or tokens: 800 groups of 5 do
 what 5,600 of 10 do. Differences of scores (ranknet) and twice the rate get there too; without the
-echo nothing moves. GRPO cannot begin it: from a model at chance it gains 6 points or none.
+echo nothing moves. GRPO, from a model at chance, gains 7 points or none in 50 to 117 steps.
 
-One hour on two cores (`--minutes 60`, AMD EPYC, torch 2.13, bf16, seed 0, alone on the machine; 90
-minutes with the rerankings) is too short for that; the 75 test queries, ranked once:
+One hour on two cores (`--minutes 60`, AMD EPYC, torch 2.13, bf16, seed 0; 81 minutes with the
+rerankings) is enough where all of a half goes into one training; the 75 test queries:
 
-| | NDCG@10, alone | to BM25 | fused | p | s a query | Spearman | ECE |
+| | NDCG@10, alone | to BM25 | fused | to BM25 | s a query | Spearman | ECE |
 |---|---|---|---|---|---|---|---|
-| BM25 | 48.28 (42.0 to 54.5) | | | | 0.000 | | |
-| MiniLM alone | 51.41 (45.0 to 57.6) | +3.12, p 0.1949 | | | 0.003 | | |
-| hybrid | 56.46 (50.5 to 62.2) | +8.17, p 0.0001 | | | 0.003 | | |
-| untrained | 23.74 (19.5 to 28.3) | -24.55, p 0.0001 | 48.28 | 1.0000 | 3.018 | -0.002 | 0.136 |
-| supervised, 95 steps | 24.16 (19.9 to 28.5) | -24.13, p 0.0001 | 48.50 | 0.2404 | 3.102 | -0.008 | 0.124 |
-| then GRPO, 42 steps | 24.80 (20.5 to 29.2) | -23.48, p 0.0001 | 48.36 | 0.1295 | 3.131 | 0.013 | 0.319 |
-| supervised only, 168 steps | 24.34 (20.1 to 28.8) | -23.94, p 0.0001 | 48.28 | 1.0000 | 3.211 | 0.071 | 0.150 |
+| BM25 | 48.28 (42.0 to 54.5) | | | | 0.001 | | |
+| MiniLM alone | 51.41 (45.0 to 57.6) | +3.12, p 0.1949 | | | 0.004 | | |
+| hybrid | 56.46 (50.5 to 62.2) | +8.17, p 0.0001 | | | 0.004 | | |
+| untrained | 24.33 (20.2 to 28.6) | -23.95, p 0.0001 | 48.53 | +0.25, p 0.4348 | 2.332 | 0.009 | 0.215 |
+| supervised, 210 steps | 24.82 (20.7 to 29.1) | -23.46, p 0.0001 | 48.28 | +0.00, p 1.0000 | 2.243 | 0.065 | 0.125 |
+| then GRPO, 117 steps | 26.21 (21.7 to 31.0) | -22.07, p 0.0001 | 48.61 | +0.32, p 0.5535 | 2.167 | 0.051 | 0.237 |
+| supervised only, 369 steps | 47.79 (41.6 to 53.6) | -0.49, p 0.8084 | 51.22 | +2.94, p 0.0196 | 2.222 | 0.418 | 0.158 |
 
-Held-out groups during training: 60.0, 58.6, 59.9, 59.0, 59.6, 60.5, with GRPO from 57.8 to 61.7;
-supervised only 53.7, 61.3, 62.7, 66.0, 66.0, 65.2.
+Held-out groups during training, BM25's order 79.0: supervised 66.3, 63.7, 61.4, 67.6, 62.3, 62.4,
+with GRPO 63.4, 67.2, 68.6, 68.0, 67.0, 69.7; supervised only 62.6, 65.2, 65.5 (186 steps), 78.2
+(248), 84.9, 84.8. GRPO gains 7 points in 117 steps from a model at chance, and the 159 steps that the
+shorter training lacks are those in which the other one learned.
 
-Ten minutes each on the same cores (`--minutes 10 --ablation none twice-lr ranknet no-echo pointwise`,
-seed 0, beside other work, which cost ranknet and one document a prompt steps; the 30 held-out
-queries): no change makes up for the steps that lack.
+An hour of 4 groups a step, with the product's own wording and no easing, ended at chance before that
+(168 steps, 24.34 alone, 48.28 fused), and so did two runs of 132 steps of 2 groups (one core, 20
+minutes): the short wording alone, and with titles alone eased.
+
+Ten minutes each with those settings (`--minutes 10 --ablation none twice-lr ranknet no-echo
+pointwise`, 4 groups a step, beside other work, which cost ranknet and one document a prompt steps; the
+30 held-out queries): no change makes up for the steps that lack.
 
 | | steps | alone | fused | p | Spearman | ECE | held-out groups |
 |---|---|---|---|---|---|---|---|
@@ -155,11 +166,22 @@ import synth
 
 GRADES = {0: 0, 1: 3, 2: 6, 3: 8, 4: 10}
 DEVICES = {  # documents a group, tokens of a document, groups a step, precision
-    "cpu": {"docs_per_group": 5, "max_doc_tokens": 32, "batch": 4, "precision": "bf16"},
+    "cpu": {"docs_per_group": 5, "max_doc_tokens": 32, "batch": 2, "precision": "bf16"},
     "cuda": {"docs_per_group": 10, "max_doc_tokens": 64, "batch": 8, "precision": "bf16"}}  # fmt: skip
 LEARNING = "--lora-rank 0 --sft-lr 2e-4 --grpo-lr 2e-5 --kl-coef 0.05 --rollouts-per-prompt 64".split()
 RETRIEVER = "--epochs 1 --batch 32 --hard-negatives 1 --lr 2e-5 --contrast-temperature 0.05".split()
 DEV_EVERY, EVALUATIONS, WEIGHTS = 5, 6, [w / 10 for w in range(11)]
+PROMPT = """\
+Score each document from 0 to 10 by how well it answers the query.
+---
+Query: {query}
+
+Documents:
+
+{documents}
+
+Reply with the scores as JSON.
+"""
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -279,6 +301,17 @@ def title_group(world, doc, size, rng):
     return group
 
 
+def ease(group, texts, judged, share, rng):
+    """Replaces a share of the documents that are not relevant by random unjudged ones."""
+    taken = {doc for doc, *_ in group}
+    for i, (_, _, score) in enumerate(group):
+        if score <= 2 and rng.random() < share:
+            other = rng.choice(sorted(texts.keys() - taken - judged))
+            taken.add(other)
+            group[i] = (other, texts[other], 0)
+    return group
+
+
 def as_row(id, query, group):
     """One row in the product's format."""
     docs = [{"id": doc, "text": text} for doc, text, _ in group]
@@ -288,20 +321,24 @@ def as_row(id, query, group):
 def training_groups(world, n, size, name):
     """n pairs of a query and its group, of training queries and titles in turn.
 
-    Each title, and each group that the queries were dealt, comes once before any comes again.
+    Each title, and each group that the queries were dealt, comes once before any comes again. The
+    i-th group is eased by a share of 1 - i / n.
     """
     rng, groups, titles = random.Random(name), [], []
     for i in range(n):
         if i % 2:
             titles = titles or rng.sample(sorted(world.titles), len(world.titles))
             doc = titles.pop()
-            yield world.titles[doc], title_group(world, doc, size, rng)
+            group = title_group(world, doc, size, rng)
+            yield world.titles[doc], ease(group, world.bodies, {doc}, 1 - i / n, rng)
             continue
         while not groups:
-            groups = [(world.queries[qid], group) for qid, judged in world.fit.items()
+            groups = [(qid, group) for qid, judged in world.fit.items()
                       for group in deal_groups(world, qid, judged, size, rng)]
             rng.shuffle(groups)
-        yield groups.pop()
+        qid, group = groups.pop()
+        group = ease(group, world.corpus, world.fit[qid].keys(), 1 - i / n, rng)
+        yield world.queries[qid], group
 
 
 def write_dev_rows(path, world, size):
@@ -365,7 +402,8 @@ def common_options(args):
     """What --train and --rerank share."""
     size = 1 if args.pointwise else args.docs_per_group
     return (f"--answer direct --max-new-tokens 8 --docs-per-group {size} --device {args.device}"
-            f" --max-doc-tokens {args.max_doc_tokens} --precision {args.precision}").split()
+            f" --max-doc-tokens {args.max_doc_tokens} --precision {args.precision}"
+            f" --prompt-file {args.out / 'prompt.txt'}").split()
 
 
 def run_training(args, world, out, stage, model, batch, n_steps, seed, *options):
@@ -720,6 +758,7 @@ def write_small_world(folder):
 
 def bench(args, world, model, encoder):
     """The whole of one table: all seeds, the systems or the ablations, and the curves."""
+    (args.out / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     for name, qrels in (("dev", world.dev), ("test", world.test)):
         pairs = {qid: [(d, world.bm25[qid][d]) for d in world.candidates(qid)] for qid in qrels}
         evaluate.write_run(args.out / f"{name}.run", pairs, tag="bm25")
