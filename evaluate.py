@@ -254,8 +254,8 @@ def _read_plain_run(path):
                 run.setdefault(qid, {}).update(itertools.islice(entries, len(list(same))))
             n_lines += n
     total = sum(sum(scores.values()) for scores in run.values())
-    if sum(map(len, run.values())) < n_lines or not math.isfinite(total):
-        raise ValueError("a document twice, or a score that is not finite")
+    if not run or sum(map(len, run.values())) < n_lines or not math.isfinite(total):
+        raise ValueError("empty, a document twice, or a score that is not finite")
     return run
 
 
@@ -265,11 +265,9 @@ def read_run(path):
     TREC lines `qid Q0 docid rank score tag`, by tabs or spaces, plain or gzip; or the dict as JSON.
     Document ids may hold spaces, tags only between tabs. ValueErrors name file, line and id.
     """
-    run = {}
     with contextlib.suppress(ValueError):
-        run = _read_plain_run(path)
-    if run:
-        return run
+        return _read_plain_run(path)
+    run = {}
     with numbered_lines(path) as lines:
         for line in _without_json(lines, "{}\tQ0\t{}\t0\t{}\tjson"):
             columns = split_columns(line, 2, 3)
@@ -359,21 +357,25 @@ def read_jsonl(path, check=lambda row: row):
 
 
 def check_text(row):
-    """(id, text) of a row of corpus.jsonl or queries.jsonl, the title in front of the text."""
+    """(id, text) of a row of corpus.jsonl or queries.jsonl, the title in front; half an emoji: ?"""
     doc, title, body = row.get("_id"), row.get("title") or "", row.get("text") or ""
     if not all(isinstance(v, str) for v in (doc, title, body)) or not {"text", "title"} & set(row):
         raise ValueError("needs the keys _id and text (or title), all strings")
     if not doc.strip() or re.search(r"[\t\r\n]", doc):  # no run could name it
         raise ValueError(f"the id {doc!r} is empty, or holds a tab or a newline")
-    return doc, "\n".join(part for part in (title.strip(), body) if part)
+    return doc, "\n".join(filter(None, (title.strip(), body))).encode("utf-8", "replace").decode()
+
+
+def find_packed(path):
+    """The path, or that with .gz where only that exists."""
+    return next(filter(Path.exists, (Path(path), Path(f"{path}.gz"))), Path(path))
 
 
 def read_texts(path, keep=None):
     """{_id: text} of corpus.jsonl or queries.jsonl, or that with .gz, without empty texts (a note
     says so). All lines are checked, and of the texts those of `keep` held."""
     texts, seen, n_empty = {}, set(), 0
-    packed = Path(f"{path}.gz")
-    for doc, text in read_jsonl(packed if packed.exists() else path, check_text):
+    for doc, text in read_jsonl(find_packed(path), check_text):
         if doc in seen:
             raise ValueError(f"{path}: id {doc!r} appears twice; remove one")
         seen.add(doc)
@@ -407,8 +409,7 @@ def read_collection(folder, queries=None, split="test", keep=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder with corpus.jsonl and queries.jsonl")
-    judged, excluded = folder / "qrels" / f"{split}.tsv", folder / "excluded.tsv"
-    judged = judged if judged.exists() else Path(f"{judged}.gz")
+    judged, excluded = (find_packed(folder / f) for f in (f"qrels/{split}.tsv", "excluded.tsv"))
     return Collection(
         corpus=read_texts(folder / "corpus.jsonl", keep),
         queries=read_texts(folder / (f"queries.{queries}.jsonl" if queries else "queries.jsonl")),
@@ -436,7 +437,7 @@ def write_collection(folder, corpus, queries, qrels, excluded=None, split="test"
     grades = [(qid, doc, grade) for qid, docs in qrels.items() for doc, grade in docs.items()]
     write_lines(f"{folder}/corpus.jsonl", documents)
     write_lines(f"{folder}/queries.jsonl", ({"_id": q, "text": t} for q, t in queries.items()))
-    for name in (f"qrels/{split}.tsv", "excluded.tsv"):
+    for name in (f"qrels/{split}.tsv", f"qrels/{split}.tsv.gz", "excluded.tsv", "excluded.tsv.gz"):
         Path(folder, name).unlink(missing_ok=True)  # an old one would be applied
     if grades:
         write_lines(f"{folder}/qrels/{split}.tsv", [("query-id", "corpus-id", "score"), *grades])
@@ -540,9 +541,7 @@ def remove_documents(run, excluded, identical_ids=False):
     kept, n_removed = {}, 0
     for qid, scores in run.items():
         unwanted = excluded.get(qid, set()) | ({qid} if identical_ids else set())
-        rest = scores
-        if unwanted:
-            rest = {doc: score for doc, score in scores.items() if doc not in unwanted}
+        rest = {doc: score for doc, score in scores.items() if doc not in unwanted}
         n_removed += len(scores) - len(rest)
         if rest:  # a query that lost all of them counts as missing
             kept[qid] = rest
@@ -806,10 +805,11 @@ def table(title, rows):
 def evaluate_files(args):
     """All numbers for --qrels and each --run, as --json prints them."""
     given = Path(args.qrels)
-    given = given / "qrels" / "test.tsv" if given.is_dir() else given
+    given = find_packed(given / "qrels" / "test.tsv") if given.is_dir() else given
     path, qrels = given.absolute(), read_qrels(given)
-    in_folder, exclusions = path.parent.name == "qrels", path.parent.parent / "excluded.tsv"
-    excluded = read_excluded(exclusions) if in_folder and exclusions.exists() else {}
+    exclusions = find_packed(path.parent.parent / "excluded.tsv")
+    in_folder = path.parent.name == "qrels" and exclusions.exists()
+    excluded = read_excluded(exclusions) if in_folder else {}
     report = {"runs": {}, "queries": {}, "ties": {}, "comparisons": {}, "per_query": {}}
     for file in args.run:
         name = Path(file.removesuffix(".gz")).stem

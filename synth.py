@@ -85,7 +85,7 @@ class Config:
     max_doc_tokens: int = synthesis(1024, "tokens kept of a document", "ours")
     max_prompt_tokens: int = synthesis(24000, "tokens of a prompt", "paper Table 10: 24,000")
     concurrency: int = synthesis(16, "requests in flight at an endpoint", "ours")
-    max_calls: int = synthesis(0, "stop before more calls than this; 0: none", "ours")
+    max_calls: int = synthesis(0, "calls of all starts before it stops; 0: no limit", "ours")
     dry_run: bool = synthesis(False, "only print the calls and tokens needed", "ours")
     generate_queries: int = synthesis(0, "documents to ask a query for", "ours")
     exclude_queries: str = synthesis("", "JSONL of test queries to keep out", "ours")
@@ -129,20 +129,21 @@ class Config:
 RETRIES = 3  # further tries after an unusable answer
 TOP_P = 0.9  # nucleus mass of sampling: the authors' pointwise teacher
 CALLS_PER_BATCH = 32  # of a local model: its answers arrive batch by batch
-FIRST_TRIES = 20  # a step without a usable answer among so many, or as many errors in a row, stops
+FIRST_TRIES = 20  # so many without a usable answer stop a step; so do as many errors in a row
 
 
 class Teachers:
     """The language model of each step. Every answer of theirs becomes a row of OUT/answers.sqlite,
     which is committed when it arrives: a kill loses none."""
 
-    def __init__(self, path: Path, cfg: Config, models: dict[str, tuple[str, Callable]]):
+    def __init__(self, database: sqlite3.Connection, cfg: Config, models: dict):
         self.cfg, self.lock, self.stop = cfg, threading.Lock(), ""  # stop: why no call may start
         self.models = models  # step -> (name, (chats, temperature, top_p) -> completions)
-        self.spent: Counter = Counter()  # calls, tokens, errors in a row; a step's tries and usable
-        self.database = sqlite3.connect(path, check_same_thread=False)
-        self.database.execute(
+        self.database = database
+        database.execute(
             "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, model, seed, text)")
+        (n_calls,) = database.execute("SELECT COUNT(*) FROM answers").fetchone()
+        self.spent: Counter = Counter(calls=n_calls)  # tokens, errors in a row; tries, usable
 
     def texts(self, key: str) -> list[tuple[str, str]]:
         """[(key of the try, answer), ...] of all tries at one prompt, or of the try of this key."""
@@ -174,6 +175,7 @@ class Teachers:
         size, n_threads = (1, cfg.concurrency) if one_by_one else (CALLS_PER_BATCH, 1)
         self.spent["tries"], self.spent["usable"] = 0, len(chats) - found.count(None)
         for attempt in range(RETRIES + 1):
+            self.spent["errors"] = 0  # those who are asked again are together
             left = [i for i, value in enumerate(found)
                     if not value and f"{keys[i]}-{attempt}" not in known]
             tries = [(f"{keys[i]}-{attempt}", dataclasses.replace(
@@ -217,7 +219,7 @@ class Teachers:
                     line["error"] = c.error or "unusable"
                     log.write(json.dumps(line, ensure_ascii=False) + "\n")
                 hopeless = self.spent["tries"] >= FIRST_TRIES and not self.spent["usable"]
-                if hopeless or self.spent["errors"] >= FIRST_TRIES:
+                if hopeless or self.spent["errors"] >= max(FIRST_TRIES, self.spent["usable"] // 10):
                     self.stop = (f"{name} does not do what the {step} prompt asks for; its last"
                                  f" answer was {c.text[:300]!r} ({c.error or 'unusable'})")
         return values
@@ -237,11 +239,10 @@ def load_models(cfg: Config) -> dict[str, tuple[str, Callable]]:
     """{step: (name, backend)}, from NAME or NAME@URL; steps that name the same model share it."""
     same = "max_new_tokens max_doc_tokens max_prompt_tokens concurrency device precision".split()
     settings, models = {name: getattr(cfg, name) for name in same}, {}
-    other = {"pointwise": cfg.pointwise_llm, "listwise": cfg.listwise_llm}
-    specs = {step: other.get(step) or cfg.llm for step in PROMPTS}
+    specs = {step: getattr(cfg, f"{step}_llm", "") or cfg.llm for step in PROMPTS}
     for spec in set(specs.values()):
-        name, _, url = spec.partition("@")
-        options = grouprank.Config(model=name, endpoint=url or cfg.endpoint, **settings)
+        name, at, url = spec.partition("@http")  # names may hold an @, too
+        options = grouprank.Config(model=name, endpoint=(at + url)[1:] or cfg.endpoint, **settings)
         models[spec] = (name, grouprank.load_backend(options))
     return {step: models[spec] for step, spec in specs.items()}
 
@@ -296,6 +297,7 @@ class Work:
     cfg: Config
     corpus: dict[str, str]
     excluded: dict[str, set[str]] = field(default_factory=dict)
+    judged: list[str] = field(default_factory=list)  # queries to measure with
     topics: list[Topic] = field(default_factory=list)  # those that were not dropped
     dropped: dict[str, dict] = field(default_factory=dict)  # query id -> a row that says why
     samples: list[Sample] = field(default_factory=list)  # by id
@@ -339,9 +341,10 @@ def read_input(cfg: Config) -> Work:
     if given.queries and not topics:
         raise ValueError(f"{cfg.data}: qrels/test.tsv judges all queries; they are there to measure"
                          " with, not to learn from: give others, or --generate-queries")
-    work = Work(cfg, {doc: text for text, doc in id_of.items()}, excluded, topics)
+    judged = [text for qid, text in given.queries.items() if qid in given.qrels]
+    work = Work(cfg, {doc: text for text, doc in id_of.items()}, excluded, judged, topics)
     work.counts["documents dropped: too short, or equal"] = len(texts) - len(id_of)
-    work.counts["queries left out: judged in qrels/test.tsv"] = len(given.queries) - len(topics)
+    work.counts["queries left out: judged in qrels/test.tsv"] = len(judged)
     return work
 
 
@@ -434,9 +437,9 @@ class NearDuplicates:
 def filter_queries(work: Work) -> None:
     """Drop bad generated queries, all that are nearly a test query, and repeated ones."""
     tests, kept = (NearDuplicates(work.cfg.near_duplicate) for _ in range(2))
-    if work.cfg.exclude_queries:
-        for text in evaluate.read_texts(work.cfg.exclude_queries).values():
-            tests.add(text)
+    given = evaluate.read_texts(work.cfg.exclude_queries) if work.cfg.exclude_queries else {}
+    for text in (*work.judged, *given.values()):
+        tests.add(text)
     stop_words = set(evaluate.STOP_WORDS.split())
     for t in work.topics:
         source = work.corpus.get(t.source, "")
@@ -907,7 +910,8 @@ def synthesise(cfg: Config, make_models=load_models) -> Work:
               f" of answers ({each:,.0f} each; the limit is {cfg.max_new_tokens:,}); up to"
               f" {RETRIES + 1} times as much where answers cannot be used")
         return work
-    with grouprank.open_alone(out / "failures.jsonl"):  # one process, before anything changes
+    with (grouprank.open_alone(out / "failures.jsonl"),  # one process, before anything changes
+          contextlib.closing(sqlite3.connect(database, check_same_thread=False)) as opened):
         record = out / "synth.json"
         now = {name: value for name, value in vars(cfg).items() if name not in FREE_TO_CHANGE}
         old = json.loads(record.read_text("utf-8"))["config"] if record.exists() else now
@@ -915,8 +919,8 @@ def synthesise(cfg: Config, make_models=load_models) -> Work:
             grouprank.refuse_change(out, old, now)
         if old != now:
             shutil.rmtree(out / "export", ignore_errors=True)
-        work.teachers = Teachers(database, cfg, make_models(cfg))
         try:
+            work.teachers = Teachers(opened, cfg, make_models(cfg))
             work.encoder = Encoder(cfg.encoder, cfg) if cfg.encoder else None
             if cfg.generate_queries:
                 work.do(generate_queries, filter_queries)
@@ -924,8 +928,6 @@ def synthesise(cfg: Config, make_models=load_models) -> Work:
             write_outputs(work, now)
         except sqlite3.Error as error:
             raise ValueError(f"{database}: {error}") from None
-        finally:
-            work.teachers.database.close()
     return work
 
 
@@ -996,7 +998,8 @@ def train_retriever(cfg: Config, path: str) -> Encoder:
         raise ValueError(f"--out {cfg.out} holds {inside[0]}: take another --out")
     evaluate.refuse_overwrite(cfg.out, cfg.overwrite)
     rows = list(evaluate.read_jsonl(path))
-    if not rows or not all(row.get(k) for row in rows for k in ("query", "pos", "neg")):
+    kinds = {"query": str, "pos": list, "neg": list}
+    if not rows or not all(row.get(k) and type(row[k]) is kinds[k] for row in rows for k in kinds):
         raise ValueError(f'{path}: needs rows, each with "query", and texts in "pos" and "neg"')
     encoder = Encoder(cfg.encoder, cfg, dtype=torch.float32)
     model, machine = encoder.model, encoder.machine
@@ -1111,9 +1114,6 @@ def run_demo(given: dict) -> tuple[Work, Encoder]:
     work = synthesise(cfg, lambda cfg: dict.fromkeys(PROMPTS, (cfg.llm, simulated_teacher(world))))
     cfg = dataclasses.replace(cfg, encoder=str(folder / "encoder"), out=str(folder / "retriever"))
     encoder = train_retriever(cfg, str(folder / "retriever.jsonl"))
-    epochs = grouprank.DEMO_ROWS["grpo"] / work.counts["training rows"]  # as many steps as its own
-    print(f"\ntry: python grouprank.py --train --data {folder / OUTPUTS[0]} --seed {seed}"
-          f" --grpo-epochs {epochs:.3f} --out {folder / 'reranker'}")
     return work, encoder
 
 
