@@ -490,9 +490,9 @@ class PromptEncoder:
             limit = even_limit(lengths, kept - math.ceil(excess / (2 if branched else 1)))
         n_fixed = sum(map(len, rows([""] * len(texts))))
         raise ValueError(
-            f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room for {len(texts)}"
-            f" documents: instructions and query take {n_fixed};"
-            " raise it, shorten the query, or use fewer documents per group")
+            f"{self.max_prompt_tokens} tokens of a prompt (--max-prompt-tokens, or the context less"
+            f" --max-new-tokens) have no room for {len(texts)} documents: instructions and query"
+            f" take {n_fixed}; shorten the query, or use fewer documents per group")
 
 
 def render_chat(tokenizer, system: str, user: str) -> str:
@@ -507,10 +507,11 @@ def render_chat(tokenizer, system: str, user: str) -> str:
     # Llama's write the date, this one unless told: another day would be another prompt.
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False,
                "date_string": "26 Jul 2024"}
-    try:
-        return tokenizer.apply_chat_template(as_chat(system, user), **options)
-    except TemplateError:  # some templates refuse a system message
-        return tokenizer.apply_chat_template(as_chat("", f"{system}\n\n{user}"), **options)
+    with contextlib.suppress(TemplateError):
+        text = tokenizer.apply_chat_template(as_chat(system, user), **options)
+        if system.strip() in text:  # some templates leave a system message out, others refuse it
+            return text
+    return tokenizer.apply_chat_template(as_chat("", f"{system}\n\n{user}"), **options)
 
 
 # --- Parsers (Sec. 3.1): <reason> free text </reason> <answer> {"[1]": 7, ...} </answer> ----------
@@ -1795,7 +1796,8 @@ def share_prompts(model) -> bool:
     config = model.get_decoder().config
     kinds = getattr(config, "layer_types", None)
     slides = not kinds and getattr(config, "sliding_window", None)
-    able = not slides and set(kinds or ()) <= {"full_attention"} and (
+    latent = getattr(config, "v_head_dim", None) != getattr(config, "qk_head_dim", None)
+    able = not slides and not latent and set(kinds or ()) <= {"full_attention"} and (
         getattr(model, "_supports_attention_backend", False))
     config._attn_implementation = SHARED if able else "sdpa"
     return able
@@ -1833,10 +1835,14 @@ class LoraLinear(nn.Linear):
         return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.T).view_as(y)
 
     @torch.no_grad()
+    def update(self) -> Tensor:
+        """alpha/r B A in float32."""
+        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W + alpha/r B A, summed in float32, in the type of W."""
-        update = self.scale * (self.lora_B.float() @ self.lora_A.float())
-        return (self.weight.float() + update).to(self.weight.dtype)
+        return (self.weight.float() + self.update()).to(self.weight.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -1862,12 +1868,23 @@ def add_lora(model, rank: int, alpha: float, seed: int = 0) -> int:
     return len(layers)
 
 
-def merge_lora(model) -> None:
-    """Fold every adapter into its layer, in place; the model is then an ordinary one again."""
+@torch.no_grad()
+def merge_lora(model) -> float:
+    """Fold every adapter into its layer, in place; the model is then an ordinary one again.
+
+    Returns the share of the updates U that is left in the type that is stored, (W' - W).U / U.U:
+    half a step of bfloat16 is 0.2 to 0.4 % of a weight, and what is smaller is rounded away.
+    """
+    kept = whole = 0.0
     for layer in lora_layers(model).values():
+        before, update = layer.weight.float(), layer.update()
         layer.weight.data = layer.merged_weight()
+        stored = layer.weight.to(getattr(model, "stored_dtype", layer.weight.dtype))
+        kept += ((stored.float() - before) * update).sum().item()
+        whole += update.square().sum().item()
         del layer.lora_A, layer.lora_B
         layer.__class__ = nn.Linear
+    return kept / whole if whole else 1.0
 
 
 @contextlib.contextmanager
@@ -1884,16 +1901,21 @@ def lora_disabled(model):
 
 
 def plain_state_dict(model) -> dict[str, Tensor]:
-    """The weights of the unadapted model, adapters merged, in the type that they are stored in."""
-    layers, weights = lora_layers(model), {}
+    """The weights of the unadapted model, adapters merged, in the type that they are stored in.
+
+    On the CPU, as a device that trains a large model has no room for a second one.
+    """
+    layers, weights, written = lora_layers(model), {}, {}
+    stored = getattr(model, "stored_dtype", torch.float32)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        if owner in layers and leaf == "weight":
-            # On the CPU: a device that trains a large model has no room for a second one.
-            tensor = layers[owner].merged_weight().cpu()
+        place = tensor.data_ptr(), tensor.shape  # a tied head is the embeddings, also in the file
+        if place not in written:
+            if owner in layers and leaf == "weight":
+                tensor = layers[owner].merged_weight()
+            written[place] = tensor.cpu().to(stored if tensor.is_floating_point() else tensor.dtype)
         if leaf not in ("lora_A", "lora_B"):
-            stored = getattr(model, "stored_dtype", torch.float32)
-            weights[name] = tensor.to(stored) if tensor.is_floating_point() else tensor
+            weights[name] = written[place]
     return weights
 
 
@@ -1947,15 +1969,11 @@ def make_reference(policy: Policy, machine: Machine, digits: Sequence[int] = ())
         # stays, the embeddings that the head may share, norms, buffers: rotary frequencies in
         # bfloat16 would turn position 8,000 by whole turns. The settings of attention are shared.
         model, config = policy.model, policy.model.get_decoder().config
-        whole = (model.get_input_embeddings(), model.get_output_embeddings())
-        cast = {id(p) for layer in model.modules() for p in layer.parameters(recurse=False)
-                if isinstance(layer, nn.Linear) and layer not in whole
-                and machine.dtype != torch.float32}
-        parts = {id(config): config} | {
-            id(p): nn.Parameter(
-                p.detach().to(machine.dtype if id(p) in cast else p.dtype, copy=True), False)
-            for p in model.parameters()}
-        frozen = Policy(copy.deepcopy(model, parts).eval(), machine.autocast)
+        twin = copy.deepcopy(model, {id(config): config}).requires_grad_(False).eval()
+        for layer in twin.modules() if machine.dtype != torch.float32 else ():
+            if isinstance(layer, nn.Linear) and layer is not twin.get_output_embeddings():
+                layer.to(machine.dtype)
+        frozen = Policy(twin, machine.autocast)
 
     @torch.no_grad()
     def reference(blocks: Sequence[Block]) -> Tensor:
@@ -2014,9 +2032,8 @@ class Optimizer:
         """Restore what `state` wrote."""
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
-        for group in state["adam"]["param_groups"]:
-            group["fused"] = self.adam.defaults["fused"]  # of this device
-        self.adam.load_state_dict(state["adam"])
+        moments = state["adam"]["state"]  # not the settings: fused is for one kind of device
+        self.adam.load_state_dict(self.adam.state_dict() | {"state": moments})
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -2241,6 +2258,8 @@ class Log:
     def write(self, stage: str, step: int, n_steps: int, numbers: dict, eta_s: float = 0,
               samples: Sequence[dict] = ()) -> None:
         """Log one step, or one evaluation (keys that begin with eval/), and completions to read."""
+        if not is_first():
+            return
         finite = {k: v for k, v in numbers.items() if math.isfinite(v)}  # JSON has no infinity
         for path, rows in zip(self.files, ([finite], samples), strict=True):
             append_json(path, *({"stage": stage, "step": step, **row} for row in rows))
@@ -2667,6 +2686,9 @@ class Endpoint:
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
         self.opener = urllib.request.build_opener(NoRedirects)
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
+        # A model that was trained here does not think. Servers of others may refuse the field.
+        kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+        self.extra = kwargs if read_meta(model) else {}
         self.lock, self.in_flight = threading.Lock(), Counter()
         self.rests_until = dict.fromkeys(self.urls, 0.0)  # on time.monotonic()'s clock
         self.n_none = self.n_lost = 0  # replies in a row that were no answers; requests without any
@@ -2680,8 +2702,8 @@ class Endpoint:
             answers = self.ask_all([
                 {"model": self.model, "temperature": temperature, "top_p": top_p,
                  "messages": chat_messages(chat.prompt, chat.query, texts),
-                 "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed)}
-                for chat, texts in zip(chats, cut, strict=True)])
+                 "max_tokens": self.cfg.max_new_tokens, "seed": seed_of_request(chat.seed),
+                 **self.extra} for chat, texts in zip(chats, cut, strict=True)])
         for answer, chat, texts in zip(answers, chats, cut, strict=True):
             n_letters = sum(map(len, chat.texts)) - sum(map(len, texts))
             answer.counts["document letters cut"] = n_letters
@@ -2707,7 +2729,8 @@ class Endpoint:
             branches = chat.prompt.branches(list(map(defuse, own)))
             asked = {"model": self.model, "max_tokens": 1, "temperature": 1.0, "logprobs": True,
                      "top_logprobs": 20, "add_generation_prompt": False,
-                     "continue_final_message": True, "seed": seed_of_request(chat.seed)}
+                     "continue_final_message": True, "seed": seed_of_request(chat.seed),
+                     **self.extra}
             jobs.append([
                 asked | {"messages": [*turns, {"role": "assistant", "content": branch}]}
                 for branch in branches])
@@ -3017,10 +3040,6 @@ class Run:
         """The reward of an answer (Eq. 4-6)."""
         return score_completion(self.local.text(ids, special=True), gold, **self.weights())
 
-    def reward_rows(self, rows: Sequence[Sequence[float]], gold: Sequence[float]) -> list[Reward]:
-        """The rewards of direct scores (Eq. 5)."""
-        return reward_scores(rows, gold, **self.weights())
-
     def weights(self) -> dict:
         """What the options say about the reward."""
         return {name: getattr(self.cfg, name) for name in (
@@ -3108,7 +3127,8 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
     longest = max(items, key=lambda item: len(item.prompt) + sum(map(len, item.branches))
                   + len(item.response or () if sft else ()))
     prompt = longest.prompt
-    answers = longest.branches or [longest.response if sft else (prompt * length)[:length]]
+    rollout = list(itertools.islice(itertools.cycle(prompt), length))
+    answers = longest.branches or [longest.response if sft else rollout]
     shares = shares_prompts(run.model)
     n_tokens = run.cfg.max_tokens_per_pass
 
@@ -3128,8 +3148,9 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
         zeros = torch.zeros(len(blocks) * sum(map(len, own)), device=run.model.device)
         moments = []
         try:
-            moments += [torch.zeros_like(w) for w in optimizer.weights.values()
-                        for _ in range(n_moments)]
+            for weight in optimizer.weights.values():
+                weight.grad = torch.zeros_like(weight)  # as from a step's second pass on
+                moments += [torch.zeros_like(weight) for _ in range(n_moments)]
             if not digits:
                 grpo_pass(run.policy, reference, optimizer, Pass(blocks, zeros, zeros), run.cfg)
             else:
@@ -3153,7 +3174,7 @@ def fit_memory(run: Run, items: Sequence[Item], n_answers: int, reference, optim
 def read_state(path: Path) -> dict | None:
     """A checkpoint, or None where there is none. One that cannot be read is not taken for none."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        return torch.load(path, "cpu", weights_only=True, mmap=True) if path.exists() else None
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read ({first_line(error)}); delete it to begin the"
                          " stage again") from None
@@ -3189,8 +3210,11 @@ def start_stage(run: Run, stage: str, items, reference, optimizer: Optimizer) ->
     elif (stage == "grpo" or run.local.digits) and shares_prompts(model):
         check_packing(run.policy, machine, items[0].prompt)
     if machine.device.type == "cuda":
-        n_answers = 1 if stage == "sft" else cfg.rollouts_per_prompt
-        n_tokens = min(gather(fit_memory(run, items, n_answers, reference, optimizer)))
+        scored = [item for item in run.items if item.gold is not None]
+        tries = [(items, 1)] * (stage == "sft")  # GRPO's passes now, too, not after all of SFT
+        tries += [(scored, cfg.rollouts_per_prompt)] * (cfg.stage != "sft")
+        fitting = [fit_memory(run, rows, n, reference, optimizer) for rows, n in tries]
+        n_tokens = min(itertools.chain(*gather(fitting)))
         if n_tokens < cfg.max_tokens_per_pass:
             print(f"memory suffices for --max-tokens-per-pass {n_tokens}")
             run.cfg = dataclasses.replace(cfg, max_tokens_per_pass=n_tokens)
@@ -3231,11 +3255,10 @@ def run_stage(run: Run, stage: str, stop: list[int]) -> None:
         n_read = sum(len(item.prompt) for item in rows) + numbers.pop("n_tokens", 0)
         numbers |= {"seconds": seconds, "tokens_per_s": n_read / seconds}
         run.step, run.seconds[stage] = step + 1, run.seconds.get(stage, 0.0) + seconds
-        if is_first():
-            left_s = run.seconds[stage] / run.step * (n_steps - run.step)
-            run.log.write(stage, run.step, n_steps, numbers, left_s, [
-                {"id": id, "text": run.local.text(ids, True), "reward": vars(reward)}
-                for id, ids, reward in samples if step % 10 == 0])
+        left_s = run.seconds[stage] / run.step * (n_steps - run.step)
+        run.log.write(stage, run.step, n_steps, numbers, left_s, [
+            {"id": id, "text": run.local.text(ids, True), "reward": vars(reward)}
+            for id, ids, reward in samples if step % 10 == 0])
         n_skipped = n_skipped + 1 if numbers["skipped"] else 0
         if n_skipped == MOST_SKIPPED:
             raise ValueError(f"{stage} step {run.step}: {n_skipped} steps in a row moved nothing,"
@@ -3297,7 +3320,8 @@ def take_step(run: Run, rows: list[Item], stage: str, step: int, n_steps: int, r
         n_tokens = sum(len(item.response) for item in rows)
         done.numbers.update(n_tokens=n_tokens, completion_tokens=n_tokens / len(rows))
     elif digits:
-        done = direct_grpo_step(run.policy, reference, optimizer, run.reward_rows, my_share, rows,
+        reward_rows = functools.partial(reward_scores, **run.weights())
+        done = direct_grpo_step(run.policy, reference, optimizer, reward_rows, my_share, rows,
                                 seeds, lr, digits, cfg)
         rewards = [row for part in gather(done.rewards) for row in part]
         done.numbers.update(reward_numbers(rewards))
@@ -3344,8 +3368,8 @@ def keep_best(run: Run, stage: str, n_steps: int) -> None:
         groups = [(item.prompt, item.branches) for item in items]
         found = work_together([len(item.prompt) for item in items],
                               lambda mine: run.local.score([groups[i] for i in mine]))
-        rewards = [run.reward_rows([scores], item.gold)[0] if scores else Reward(0.0, TAG_FAULT)
-                   for scores, item in zip(found, items, strict=True)]
+        rewards = [reward_scores([scores], item.gold, **run.weights())[0] if scores else
+                   Reward(0.0, TAG_FAULT) for scores, item in zip(found, items, strict=True)]
     else:
         answers = run.answer([item.prompt for item in items], [[(0,)]] * len(items),
                              temperature=0.0)
@@ -3353,8 +3377,7 @@ def keep_best(run: Run, stage: str, n_steps: int) -> None:
                    for row, item in zip(answers, items, strict=True)]
     numbers = {"eval/ndcg@10": float(np.mean([r.ndcg for r in rewards])),
                "eval/format_ok": float(np.mean([r.status == "ok" for r in rewards]))}
-    if is_first():
-        run.log.write(stage, run.step, n_steps, numbers)
+    run.log.write(stage, run.step, n_steps, numbers)
     if numbers["eval/ndcg@10"] > run.best:
         run.best = numbers["eval/ndcg@10"]
         on_first(run.save, "best", stage, numbers)
@@ -3384,7 +3407,9 @@ def run_stages(run: Run, sft_done: bool, stop: list[int]) -> None:
         if cfg.lora_rank and is_first():
             base = str(out / "sft") if (out / "sft").exists() else cfg.model
             save_adapter(model, out / "adapter", base)
-        merge_lora(model)
+        if (kept := merge_lora(model)) < 0.95:
+            print(f"note: rounded to {model.stored_dtype}, the merged weights keep {kept:.0%} of"
+                  f" GRPO's update; {out / 'adapter'} over its base has all of it")
     on_first(run.save, "", cfg.stage)
 
 
@@ -3398,6 +3423,8 @@ def train(cfg: Config, prompt: Prompt, out: Path, log_every: int = 1) -> Run:
     started = time.perf_counter()
     machine = pick_machine(cfg.device, cfg.precision)
     rows, eval_rows = (read_rows(path) if path else [] for path in (cfg.data, cfg.eval_data))
+    if cfg.method == "pointwise" and any(len(row.texts) > 1 for row in (*rows, *eval_rows)):
+        raise ValueError(f"{cfg.data}: --method pointwise learns from rows of one document each")
     sft_done = cfg.resume and cfg.stage == "both" and (out / "sft" / "meta.json").is_file()
     model, tokenizer = load_model(str(out / "sft") if sft_done else cfg.model, machine,
                                   trainable=cfg.lora_rank == 0)
@@ -3494,7 +3521,7 @@ def record_run(cfg: Config, prompt: Prompt, out: Path) -> dict:
     if "task" not in before:
         raise ValueError(f"{out} was written by an older edition, whose runs cannot be continued;"
                          " start a new --out")
-    refuse_change(out, {"answer": "reason"} | before["task"], record["task"])
+    refuse_change(out, before["task"], record["task"])
     if before["versions"] != record["versions"]:
         print(f"note: the end may not be bit-identical: the run was started with"
               f" {before['versions']}")
@@ -3631,24 +3658,19 @@ def read_meta(model: str | None) -> dict:
         return dict(json.loads("".join(lines)))
 
 
-def warn_of_answer(cfg: Config, meta: dict) -> bool:
-    """Whether a model answers as it was trained to; warns if not."""
-    trained = meta.get("answer", "reason") if meta else cfg.answer
-    if cfg.answer != trained:
-        print_once(f"warning: {cfg.model} was trained for --answer {trained}, not {cfg.answer}")
-    return cfg.answer == trained
-
-
-def rerank_settings(given: dict) -> tuple[Config, Prompt]:
+def read_settings(given: dict) -> tuple[Config, Prompt]:
     """Defaults, then what the model's meta.json says, then what was given.
 
     A prompt file that is not the wording the model was trained with is used, with a warning.
     """
     meta = read_meta(given.get("model"))
     cfg = Config(**({name: meta[name] for name in LIMITS if name in meta} | given))
+    same = cfg.answer == meta.get("answer", cfg.answer)
+    if not same:
+        print_once(f"warning: {cfg.model} was trained for --answer {meta['answer']},"
+                   f" not {cfg.answer}")
     prompt = default_prompt(cfg)
-    same = warn_of_answer(cfg, meta)
-    if same and "prompt" in meta and cfg.method == meta.get("method", "groupwise"):
+    if same and "prompt" in meta and cfg.method == meta["method"]:
         prompt = Prompt(**meta["prompt"])
     if cfg.prompt_file:
         prompt = read_prompt(cfg.prompt_file)
@@ -3742,7 +3764,7 @@ class GroupRanker:
     @classmethod
     def from_pretrained(cls, path: str, **settings) -> GroupRanker:
         """Load a model folder, hub name or (endpoint=URL) a server; settings are Config fields."""
-        cfg, prompt = rerank_settings({**settings, "model": str(path)})
+        cfg, prompt = read_settings({**settings, "model": str(path)})
         return cls(load_backend(cfg), prompt, cfg)
 
     def rank(self, query: str, documents: Sequence[str], top_k: int | None = None,
@@ -3967,14 +3989,13 @@ def write_demo(folder: Path, world: DemoWorld, cfg: Config) -> None:
         hits, scores = evaluate.BM25([corpus[d] for d in ids]).search(query, len(ids))
         run[qid] = [(ids[i], float(score)) for i, score in zip(hits, scores, strict=True)]
     evaluate.write_run(folder / "first.run", run, tag="bm25")
-    rows: dict[str, list[dict]] = {}
+    rows = {}
     for kind, n_rows in DEMO_ROWS.items():
         rng = random.Random(f"{kind} {cfg.seed}")
-        name = "dev" if kind == "dev" else "train"
-        rows.setdefault(name, []).extend(
-            world.row(rng, f"{kind}-{i}", cfg.docs_per_group, kind=kind) for i in range(n_rows))
-    for name, written in rows.items():
-        evaluate.write_lines(folder / f"{name}.jsonl", written)
+        rows[kind] = [world.row(rng, f"{kind}-{i}", cfg.docs_per_group, kind=kind)
+                      for i in range(n_rows)]
+    evaluate.write_lines(folder / "train.jsonl", rows["sft"] + rows["grpo"])
+    evaluate.write_lines(folder / "dev.jsonl", rows["dev"])
     (folder / "example").mkdir()  # the first held-out query's first documents, as text files
     for number, doc in enumerate(list(qrels["q0"])[: cfg.docs_per_group], 1):
         (folder / "example" / f"{number}.txt").write_text(corpus[doc] + "\n", encoding="utf-8")
@@ -4131,7 +4152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("torchrun is for --train; split a reranking with --shard i/n")
     else:
-        cfg, prompt = rerank_settings(given)
+        cfg, prompt = read_settings(given)
         if not cfg.model or bool(cfg.query) != bool(cfg.docs) or not (
                 cfg.query or (cfg.data and cfg.run)):
             raise ValueError("--rerank needs --model (a folder, a hub name, or a server's name for"
@@ -4143,7 +4164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train_model(given: dict) -> None:
     """`--train`: the demo, or a named model on rows."""
-    cfg = Config(**given)
+    cfg, prompt = on_first(read_settings, given)
     if cfg.method != "groupwise" and (cfg.stage != "sft" or cfg.eval_data or not cfg.model):
         raise ValueError(f"--method {cfg.method} can be trained by --model NAME --stage sft,"
                          " without --eval-data: GRPO and the evaluation read groupwise answers")
@@ -4152,8 +4173,6 @@ def train_model(given: dict) -> None:
     elif not cfg.data:
         raise ValueError("--train --model needs --data FILE with training rows (JSONL)")
     else:
-        prompt = read_prompt(cfg.prompt_file) if cfg.prompt_file else default_prompt(cfg)
-        on_first(warn_of_answer, cfg, read_meta(cfg.model))
         train(cfg, prompt, on_first(claim_output, cfg, Path(cfg.model).name))
 
 

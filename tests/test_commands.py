@@ -99,6 +99,20 @@ def test_a_tokenizer_without_end_token_is_refused(place, tmp_path):
         grouprank.load_model(str(folder), grouprank.pick_machine("cpu"))
 
 
+def test_training_goes_on_with_the_prompt_and_the_limits_of_a_model_that_was_trained_here(place, tmp_path, monkeypatch):
+    """As reranking does; what is given wins."""
+    folder, started = shutil.copytree(place / "model", tmp_path / "sft"), []
+    prompt = grouprank.Prompt("Rate.", "{query} {documents}", "[{i}]{text}")
+    meta = {"prompt": dataclasses.asdict(prompt), "prompt_hash": prompt.hash, "method": "groupwise",
+            "answer": "reason", "max_doc_tokens": 300, "max_new_tokens": 50}  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta))
+    monkeypatch.setattr(grouprank, "train", lambda cfg, prompt, out: started.append((cfg, prompt)))
+    grouprank.main(["--train", "--stage", "grpo", "--model", str(folder), "--data", str(place / "rows.jsonl"),
+                    "--out", str(tmp_path / "out"), "--max-new-tokens", "60"])  # fmt: skip
+    ((cfg, used),) = started
+    assert (used, cfg.max_doc_tokens, cfg.max_new_tokens, cfg.stage) == (prompt, 300, 60, "grpo")
+
+
 TRAIN, RERANK = "--train --model {p}/model --data {p}/rows.jsonl", "--rerank --model {p}/model"
 ROOMY = "--train --model {p}/roomy --max-new-tokens 99 --out {o} --data {p}/"
 RUN, DOCS = RERANK + " --data {p}/beir --out {o} --run {p}/", RERANK + " --query x --docs {p}/some.txt"
@@ -117,9 +131,10 @@ BAD_INPUT = [
     ("--train --model {p}/model", "needs --data"),
     ("--train --data {p}/rows.jsonl", "--data needs --model: the demo's model knows only"),
     ("--train --method listwise", "--method listwise can be trained by --model NAME --stage sft"),
+    (TRAIN + " --method pointwise --stage sft", "--method pointwise learns from rows of one document each"),
     (TRAIN + " --method listwise", "--method listwise can be trained by --model NAME --stage sft"),
     (TRAIN + " --max-new-tokens 600", "no room for --max-new-tokens 600"),
-    (TRAIN + " --max-new-tokens 500", "leaves no room for 2 documents"),
+    (TRAIN + " --max-new-tokens 500", "have no room for 2 documents"),
     (TRAIN + " --rollouts-per-prompt 1", "at least 2"),
     (TRAIN + " --lora-rank -1", "--lora-rank must be"),
     (TRAIN + " --device tpu", "--device tpu: there are auto, cpu, cuda"),

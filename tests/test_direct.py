@@ -94,13 +94,10 @@ def test_the_ten_logits_are_in_float32_whatever_the_model_is_in():
     policy.autocast = grouprank.pick_machine("cpu", "bf16").autocast
     found = grouprank.digit_logprobs(policy, groups, DIGITS)
     assert found.dtype == torch.float32 and 0 < (found - exact).abs().max() < 0.2
-
-
-def test_the_score_is_ten_ninths_of_the_expected_digit():
-    sure, torn = torch.full((10,), -1e9), torch.full((10,), -1e9)
-    sure[9], torn[[4, 5]] = 0.0, math.log(0.5)
-    found = grouprank.expected_scores(torch.stack([sure, torn, torch.full((10,), math.log(0.1))]))
-    assert found.tolist() == pytest.approx([10.0, 5.0, 5.0])
+    head, rows = torch.nn.Linear(64, 300), torch.randn(6, 64)  # a head with a bias
+    policy.model.get_output_embeddings, policy.hidden = lambda: head, lambda *_: rows
+    found = grouprank.digit_logprobs(policy, groups, DIGITS)
+    assert torch.allclose(found, head(rows)[:, DIGITS].log_softmax(-1), atol=1e-6)
 
 
 def test_a_branch_is_the_document_once_more_and_its_key_before_a_digit():
@@ -129,7 +126,7 @@ def test_the_limit_of_a_prompt_counts_both_readings_of_a_document():
     texts = ["long " * 50, "short", "long " * 60]
     rows, n_cut = encoder.encode(PROMPT, "q", texts, branched=True)
     assert 390 <= sum(map(len, rows)) <= 400 and n_cut > 0
-    with pytest.raises(ValueError, match="--max-prompt-tokens 90 leaves no room for 3 documents"):
+    with pytest.raises(ValueError, match="90 tokens of a prompt .* have no room for 3 documents"):
         grouprank.PromptEncoder(byte_tokenizer(), 500, 90).encode(PROMPT, "q", texts, branched=True)
 
 
@@ -481,7 +478,7 @@ def test_branches_that_do_not_see_their_prompt_are_found_out(folder, tmp_path, m
 def test_a_run_that_was_begun_for_reasoning_is_not_resumed_directly(folder, tmp_path):
     trained(folder, tmp_path / "out", stage="sft")
     record = json.loads((tmp_path / "out/run.json").read_text())
-    del record["task"]["answer"]  # as a run of before has it
+    record["task"]["answer"] = "reason"
     (tmp_path / "out/run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="was begun with answer 'reason', not 'direct'"):
         trained(folder, tmp_path / "out", stage="sft", resume=True)
@@ -534,11 +531,16 @@ def test_what_has_no_direct_form_is_refused(folder, tmp_path):
         grouprank.train(settings(folder, data=bare, eval_data="", stage="grpo"), PROMPT, tmp_path / "o2")
 
 
-def test_training_a_model_to_answer_otherwise_warns(folder, tmp_path, capsys):
-    trained(folder, tmp_path / "direct", stage="sft")
-    grouprank.train_model({"model": str(tmp_path / "direct"), "data": str(folder / "rows.jsonl"), "stage": "sft",
-                           "out": str(tmp_path / "other"), "max_new_tokens": 80, "sft_epochs": 1.0, "device": "cpu",
-                           "max_prompt_tokens": 2000, "lora_rank": 0})  # fmt: skip
+def test_training_goes_on_with_direct_answers_and_another_answer_warns(tmp_path, monkeypatch, capsys):
+    prompt = grouprank.METHODS["groupwise"].direct
+    grouprank.write_json(tmp_path / "meta.json", {"answer": "direct", "method": "groupwise", "prompt_hash": prompt.hash,
+                                                  "prompt": dataclasses.asdict(prompt)})  # fmt: skip
+    monkeypatch.setattr(grouprank, "train", lambda cfg, prompt, out: started.append((cfg.answer, prompt)))
+    started, given = [], {"model": str(tmp_path), "data": "rows.jsonl", "out": str(tmp_path / "out")}
+    grouprank.train_model(given)
+    assert started == [("direct", prompt)] and capsys.readouterr().err == ""
+    grouprank.train_model(given | {"answer": "reason"})
+    assert started[1] == ("reason", grouprank.Prompt())
     assert "was trained for --answer direct, not reason" in capsys.readouterr().err
 
 
@@ -599,7 +601,7 @@ def sure_model(folder, tmp_path_factory):
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "meta.json").write_text(json.dumps({
-        "answer": "direct", "prompt": dataclasses.asdict(PROMPT), "prompt_hash": PROMPT.hash}))
+        "answer": "direct", "method": "groupwise", "prompt": dataclasses.asdict(PROMPT), "prompt_hash": PROMPT.hash}))
     return out, model.eval(), tokenizer
 
 

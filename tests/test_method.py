@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +83,7 @@ EQUATIONS = [  # name, arguments, keywords, the value by hand
     ("plan_groups", (2, 2, 3, 0, REVERSED), {}, [[[1, 0]]] * 3),
     ("plan_groups", (4, 2, 1, 1, REVERSED), {}, [[[3, 2], [2, 1], [1, 0], [0, 3]]]),
     ("plan_groups", (5, 2, 1, 2, REVERSED), {}, [[[4, 3], [2, 1], [0]]]),
+    ("plan_groups", (3, 4, 1, 2, REVERSED), {}, [[[2, 1, 0]]]),
     ("plan_groups", (5, 2, 2, 0, REVERSED, True), {}, [[[1, 0], [3, 2], [4]]] * 2),
     ("window_places", (95, 40, 20), {}, [(55, 95), (35, 75), (15, 55), (0, 35)]),
     ("window_places", (40, 20, 10), {}, [(20, 40), (10, 30), (0, 20)]),
@@ -99,6 +99,7 @@ EQUATIONS = [  # name, arguments, keywords, the value by hand
     ("fuse_scores", ([None, None], [5, 4], 0.25, True), {}, [None, None]),
     ("order_candidates", ([0.1, None, 0.9, 0.1],), {}, [2, 1, 0, 3]),
     ("order_candidates", ([0.5, 0.7, 0.5, 0.7],), {}, [1, 3, 0, 2]),
+    ("order_candidates", ([None, 0.1, None, 0.9],), {}, [0, 3, 2, 1]),
     ("order_candidates", ([None, None],), {}, [0, 1]),
     ("learning_rate", (0, 10, 0.6, 0.2, "linear"), {}, 0.3),
     ("learning_rate", (2, 10, 0.6, 0.2, "linear"), {}, 0.6),
@@ -276,13 +277,6 @@ def test_parser_survives_deep_nesting_and_huge_keys():
     assert parse_answer(keys, 1).status == "out_of_range"
 
 
-def test_parser_is_linear_on_a_megabyte_of_tags():
-    for piece in ("<reason>", "<answer>{", "</answer>", "</think><answer>", '{"[1]": 1, '):
-        started = time.perf_counter()
-        parse_answer(piece * (1_000_000 // len(piece)), 5)
-        assert time.perf_counter() - started < 4.0  # a backtracking pattern would take hours
-
-
 @pytest.mark.parametrize(("inside", "status", "scores"), [
     (" 7 ", "ok", [7]), ("10.0", "ok", [10]), ('{"[1]": 7}', "ok", [7]),
     ("11", "bad_score", [None]),
@@ -404,11 +398,12 @@ def test_a_document_is_relevant_from_the_relevance_level_on():
     assert score_completion(text, gold, relevance_level=10).recall == 0
 
 
-def test_tied_scores_earn_the_mean_over_all_orders_of_the_tie():
-    gold, scores = [3, 0, 7, 10], [5, 5, 5, 8]
-    orders = [[gold[3], *tied] for tied in itertools.permutations(gold[:3])]
-    mean = np.mean([evaluate.ndcg(order, gold, 2) for order in orders])
-    assert evaluate.ndcg(evaluate.tie_averaged(scores, gold), gold, 2) == pytest.approx(mean)
+def test_of_more_than_ten_documents_the_first_ten_count_and_a_tie_over_the_border_earns_its_chance():
+    """Twelve documents, the last one relevant: ranked last, first, and tied with all."""
+    gold, chance = [0] * 11 + [10], sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / 12
+    for scores, ndcg, recall in (([5] * 11 + [0], 0, 0), ([5] * 11 + [6], 1, 1), ([5] * 12, chance, 10 / 12)):
+        reward = score_completion(answer(scores), gold)
+        assert (reward.ndcg, reward.recall) == pytest.approx((ndcg, recall))
 
 
 @settings(max_examples=200, deadline=None)
@@ -609,11 +604,12 @@ def test_a_prompt_without_chat_template_begins_as_the_tokenizer_begins_every_tex
 
 @pytest.mark.parametrize(("template", "expected"), [
     ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-     "{{ date_string }} {{ messages[-1]['content'] }}", "26 Jul 2024 question"),
+     "{{ date_string }} {{ messages[-1]['content'] }}", "26 Jul 2024 rules\n\nquestion"),
     ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
-     "{% endif %}<|im_start|>{{ m['content'] }}{% endfor %}", "<|im_start|>rules\n\nquestion")])
-def test_a_template_writes_the_same_date_every_day_and_may_refuse_a_system_turn(template, expected):
-    """As those of Llama 3 write it; the user's turn takes a refused system text."""
+     "{% endif %}<|im_start|>{{ m['content'] }}{% endfor %}", "<|im_start|>rules\n\nquestion"),
+    ("{{ enable_thinking }} {{ messages[-1]['content'] }}", "False rules\n\nquestion")])
+def test_a_template_writes_the_same_date_every_day_and_may_want_no_system_turn(template, expected):
+    """As those of Llama 3 write it; the user's turn takes a system text that is left out or refused."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     assert grouprank.render_chat(tokenizer, "rules", "question") == expected
@@ -636,14 +632,19 @@ def test_a_prompt_file_in_the_shape_of_the_released_checkpoints_is_rendered_lett
     (ids,), n_cut = grouprank.PromptEncoder(tokenizer, 10_000, 20_000).encode(prompt, query, trimmed)
     assert (tokenizer.decode(ids), n_cut) == (text, 0)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert [m["content"] for m in grouprank.chat_messages(prompt, query, trimmed)] == ["You judge.\n", user.replace("[1]", "[1]")]
+    assert [m["content"] for m in grouprank.chat_messages(prompt, query, trimmed)] == ["You judge.\n", user]
 
 
 def test_the_prompts_hash_changes_with_any_letter(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text(f"{grouprank.SYSTEM_TEXT}\n---\n{grouprank.USER_TEXT}", encoding="utf-8")
     assert grouprank.read_prompt(path).hash == grouprank.Prompt().hash
-    assert grouprank.Prompt(system="Rank.").hash != grouprank.Prompt().hash
+    other = [grouprank.Prompt(system="Rank."), grouprank.Prompt(user="{query}{documents}"),
+             grouprank.Prompt(document="{i}: {text}")]  # fmt: skip
+    assert len({prompt.hash for prompt in (grouprank.Prompt(), *other)}) == 4
+    for wrong in ({"user": "{query}{query}{documents}"}, {"user": "{query}"}, {"system": "{query}"}, {"document": "{i}"}):
+        with pytest.raises(ValueError, match="exactly once, in its own part"):
+            grouprank.Prompt(**wrong)
     path.write_text("---\n{query}\n{documents}")
     assert grouprank.read_prompt(path) == grouprank.Prompt("", "{query}\n{documents}")
     path.write_text("system\n---\n{query}\n{documents}", encoding="utf-8-sig")  # with a byte order mark

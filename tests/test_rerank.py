@@ -59,13 +59,16 @@ def test_groups_are_random_and_depend_on_the_seed_alone():
 
 
 @given(st.integers(1, 120), st.integers(1, 25), st.integers(0, 2**32))
-def test_ranked_groups_hold_neighbours_in_random_order(n_docs, size, seed):
-    """Tables 4 and 5 compare who is grouped with whom; what stands first in a prompt stays random."""
+def test_ranked_groups_hold_neighbours(n_docs, size, seed):
+    """Tables 4 and 5 compare who is grouped with whom."""
     first, second = grouprank.plan_groups(n_docs, size, 2, 0, np.random.default_rng(seed), True)
     assert [i for group in first for i in sorted(group)] == list(range(n_docs))
     assert list(map(sorted, first)) == list(map(sorted, second))
-    if n_docs == size == 20:
-        assert first != second and first[0] != sorted(first[0])
+
+
+def test_what_stands_first_in_a_ranked_group_is_random():
+    first, second = grouprank.plan_groups(20, 20, 2, 0, np.random.default_rng(0), True)
+    assert first != second and first[0] != sorted(first[0])
 
 
 def windows_of_rank_llm(n_docs, window, step):
@@ -86,20 +89,6 @@ def test_windows_slide_up_as_in_rank_llm(n_docs, window, step):
         assert windows == windows_of_rank_llm(n_docs, window, step)
     assert len(windows) == (1 + math.ceil((n_docs - window) / step) if n_docs > window else 1)
     assert {i for start, end in windows for i in range(start, end)} == set(range(n_docs))
-
-
-def test_fusion_is_a_weighted_sum_with_min_max_first_stage_scores():
-    """Means 8 and 2 of 10; first-stage scores 30, 10 become 1, 0; weight 0.25."""
-    fused = grouprank.fuse_scores([8, 2, None], [30, 10, 20], 0.25)
-    assert fused[:2] == pytest.approx([0.75 * 0.8 + 0.25 * 1, 0.75 * 0.2 + 0.25 * 0])
-    assert fused[2] is None
-    assert grouprank.fuse_scores([8, 2], [5, 5], 0.25) == pytest.approx([0.75 * 0.8, 0.75 * 0.2])
-
-
-def test_ties_go_by_first_stage_rank_and_unscored_documents_keep_their_places():
-    assert grouprank.order_candidates([0.5, 0.7, 0.5, 0.7]) == [1, 3, 0, 2]
-    assert grouprank.order_candidates([None, 0.1, None, 0.9]) == [0, 3, 2, 1]
-    assert grouprank.order_candidates([None, None, None]) == [0, 1, 2]
 
 
 # --- Asking, reading, asking again ----------------------------------------------------------------
@@ -124,11 +113,12 @@ class Scripted:
 
     def __init__(self, faults=()):
         self.faults = list(faults)
-        self.seeds, self.batches = [], []
+        self.seeds, self.batches, self.temperatures = [], [], []
 
     def __call__(self, chats, temperature, top_p):
         answers = []
         self.batches.append(chats)
+        self.temperatures.append(temperature)
         for chat in chats:
             self.seeds.append(chat.seed)
             method = next(name for name, m in grouprank.METHODS.items() if m.prompt == chat.prompt)
@@ -154,6 +144,33 @@ def rank(backend, queries, **changes):
     return grouprank.rank_queries(backend, prompt, queries, cfg, counts), counts
 
 
+def test_groups_are_dealt_as_the_options_say():
+    """Two queries of six documents in groups of three, as lists of the documents' numbers."""
+    def dealt(**options):
+        backend = Scripted()
+        rank(backend, [candidates(range(6), qid) for qid in "qr"], **options)
+        return [[int(text.split()[1]) for text in chat.texts] for chat in backend.batches[0]]
+
+    assert [len(group) for group in dealt()] == [3] * 4
+    assert [len(group) for group in dealt(docs_stride=2)] == [3] * 6
+    assert list(map(sorted, dealt(grouping="rank"))) == [[0, 1, 2], [3, 4, 5]] * 2
+    assert dealt(seed=1) == dealt(seed=1) != dealt(seed=2)
+    assert dealt()[:2] != dealt()[2:]  # each query has its own
+
+
+def test_fusion_may_standardise():
+    """Scores 8, 2 and first-stage scores 2, 1: both 1, -1 when standardised, .8, .2 and 1, 0 when not."""
+    found = {fusion: rank(Scripted(), [candidates([8, 2])], fusion=fusion, fusion_weight=0.5)[0][0].finals
+             for fusion in ("minmax", "zscore")}  # fmt: skip
+    assert found["zscore"] == pytest.approx([1, -1]) and found["minmax"] == pytest.approx([0.9, 0.1])
+
+
+def test_documents_are_trimmed_as_the_options_say():
+    backend, query = Scripted(), candidates([1, 2])._replace(texts=["a\nb 1 9", "2 " * 50])
+    rank(backend, [query], max_doc_chars=5, fold_lines=True, retries=0, docs_per_group=2)
+    assert sorted(backend.batches[0][0].texts) == ["2 2 2", "a b 1"]
+
+
 def test_scores_are_pooled_over_groups_and_rounds():
     (ranking,), counts = rank(Scripted(), [candidates([1, 9, 5, 9, 0, 7, 3])], rounds=4)
     assert ranking.order == [1, 3, 5, 2, 6, 0, 4]
@@ -173,6 +190,10 @@ def test_an_unusable_answer_is_asked_again_with_another_seed(fault, counted):
     assert ranking.order == [1, 2, 0] and ranking.means == [1, 9, 5]
     assert counts[counted] == counts["retried"] == 1 and counts["calls"] == 2
     assert len(set(backend.seeds)) == 2
+    for temperature, again in ((0.0, 0.3), (0.8, 0.8)):  # greedy decoding would repeat its mistake
+        backend = Scripted([fault])
+        rank(backend, [candidates([1, 9, 5])], temperature=temperature)
+        assert backend.temperatures == [temperature, again]
     assert counts["failed groups"] == counts["unscored documents"] == 0
 
 
@@ -328,21 +349,21 @@ def test_a_listwise_place_fuses_with_the_first_stage():
 def test_a_checkpoint_brings_its_method_prompt_and_sizes_and_another_wording_warns(tmp_path, capsys):
     prompt = grouprank.Prompt("Rate.", "{query} {documents}", "[{i}]{text}")
     meta = {"prompt": dataclasses.asdict(prompt), "prompt_hash": prompt.hash,
-            "docs_per_group": 7, "max_new_tokens": 50}  # fmt: skip
+            "docs_per_group": 7, "max_new_tokens": 50, "method": "groupwise", "answer": "reason"}  # fmt: skip
     (tmp_path / "meta.json").write_text(json.dumps(meta))  # of a groupwise checkpoint
     model, warning = {"model": str(tmp_path)}, "another wording can cost points silently"
-    cfg, asked = grouprank.rerank_settings(model | {"max_new_tokens": 60})
+    cfg, asked = grouprank.read_settings(model | {"max_new_tokens": 60})
     assert (asked, cfg.docs_per_group, cfg.max_new_tokens) == (prompt, 7, 60)
     assert capsys.readouterr().err == ""
-    assert grouprank.rerank_settings(model | {"method": "listwise"})[1] == grouprank.METHODS["listwise"].prompt
+    assert grouprank.read_settings(model | {"method": "listwise"})[1] == grouprank.METHODS["listwise"].prompt
     assert warning in capsys.readouterr().err
     (tmp_path / "other.txt").write_text("x\n---\n{query}{documents}")
-    asked = grouprank.rerank_settings(model | {"prompt_file": str(tmp_path / "other.txt")})[1]
+    asked = grouprank.read_settings(model | {"prompt_file": str(tmp_path / "other.txt")})[1]
     assert asked.system == "x" and warning in capsys.readouterr().err
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"method": "pointwise"}))
-    cfg, asked = grouprank.rerank_settings(model)
+    cfg, asked = grouprank.read_settings(model)
     assert (cfg.method, asked) == ("pointwise", prompt)
-    assert grouprank.rerank_settings(model | {"method": "groupwise"})[1] == grouprank.Prompt()
+    assert grouprank.read_settings(model | {"method": "groupwise"})[1] == grouprank.Prompt()
 
 
 def test_candidates_honour_exclusions_and_the_cut_and_hold_only_texts_that_the_run_names(tmp_path, monkeypatch):
@@ -781,6 +802,16 @@ def test_a_server_that_always_misbehaves_ends_in_counts_and_never_in_a_wrong_sco
     for query, ranking in zip(queries, rankings, strict=True):
         right = [{gold_of(queries)[text]} for text in query.texts]
         assert all(set(votes) <= score for votes, score in zip(ranking.votes, right, strict=True))
+
+
+def test_a_model_that_was_trained_here_is_served_with_the_prompt_that_it_learned(tmp_path):
+    """Without thinking; servers of other models, which may refuse the field, are not sent it."""
+    (tmp_path / "meta.json").write_text('{"docs_per_group": 3}')
+    queries, served = [candidates([1, 9], "q")], {str(tmp_path): {"enable_thinking": False}, "x": None}
+    for name, expected in served.items():
+        with GoldServer(gold_of(queries)) as server:
+            asked(grouprank.Endpoint(server.url, name, grouprank.Config()), queries)
+        assert server.requests[0][1].get("chat_template_kwargs") == expected
 
 
 def test_a_request_that_the_server_refuses_is_not_sent_again():

@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from conftest import (
     tiny_model,
     write_rows,
 )
+from safetensors.torch import load_file
+from torch import nn
 
 import grouprank
 
@@ -171,6 +174,38 @@ def test_peft_opens_our_adapters_and_merges_them_to_what_we_merge(kind, tmp_path
     assert torch.allclose(model(ids).logits, expected, atol=1e-5)
     assert weights.keys() == tiny_model(kind).state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+
+
+def test_what_rounding_leaves_of_a_merged_update_is_told():
+    """Weights of 1: bfloat16's next are 1 + 1/128 and 1 - 1/256. Updates of 1/2 stay, of 1/1000 go."""
+    for size, share in ((0.5, 1.0), (0.001, 0.0)):
+        model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(1, 1))
+        model.get_output_embeddings = lambda head=model[1]: head
+        model[0].weight.data.fill_(1.0)
+        model = model.bfloat16()
+        grouprank.add_lora(model, rank=1, alpha=1.0)
+        model[0].lora_A.data.fill_(1.0)
+        model[0].lora_B.data.fill_(size)
+        assert grouprank.merge_lora(model) == pytest.approx(share, abs=1e-6)
+        assert torch.equal(model[0].weight, torch.full((4, 8), 1 + (size == 0.5) * size).bfloat16())
+
+
+def test_a_tied_head_is_stored_once_in_whatever_type(tmp_path):
+    model = grouprank.demo_model(byte_tokenizer(), 0)
+    model.stored_dtype = torch.bfloat16
+    weights = grouprank.plain_state_dict(model)
+    head, embeddings = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
+    assert head.dtype == torch.bfloat16 and head.data_ptr() == embeddings.data_ptr()
+    model.save_pretrained(tmp_path, state_dict=weights)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_models_with_latent_attention_run_each_prompt_for_itself():
+    """Their values have other sizes than their keys, which the cache of shared prompts stores together."""
+    model = tiny_model("llama")
+    assert grouprank.share_prompts(model)
+    model.config.qk_head_dim, model.config.v_head_dim = 24, 16
+    assert not grouprank.share_prompts(model)
 
 
 # --- Decoding -------------------------------------------------------------------------------------
@@ -399,8 +434,9 @@ def test_an_sft_step_descends_the_mean_of_minus_log_p_over_all_response_tokens(c
     (-total / 21).backward()
     expected = gradients(model)
     for max_tokens in (1, 40, 60, 10_000):
-        done = grouprank.sft_step(grouprank.Policy(model, chunk_tokens=4), NoStep(), everything,
+        done = grouprank.sft_step(grouprank.Policy(model.eval(), chunk_tokens=4), NoStep(), everything,
                                   items, 0.1, max_tokens)
+        assert model.training  # gradient checkpointing works in this mode alone
         assert done.sums["loss"] == pytest.approx(-total.item() / 21)
         assert done.numbers == {"grad_norm": 0.5, "skipped": 0, "lr": 0.1}
         assert done.sums["tokens"] == 21
@@ -450,13 +486,14 @@ def test_a_grpo_step_is_equation_7_for_any_order_and_split_packed_or_in_rows(lor
                 if not packed:
                     run_rows(model)
                 done = grouprank.grpo_step(
-                    grouprank.Policy(model, chunk_tokens=4), reference, NoStep(),
+                    grouprank.Policy(model.eval(), chunk_tokens=4), reference, NoStep(),
                     lambda prompts, seeds, order=order: [answers[b] for b in order], reward,
                     everything, [items[b] for b in order], None, 0.3,
                     dataclasses.replace(cfg, max_tokens_per_pass=max_tokens))
                 assert largest_gap(gradients(model), expected) < 1e-5
                 assert done.sums["loss"] == pytest.approx(-objective.item(), rel=1e-5)
                 assert done.sums["kl"] == pytest.approx(kl) and done.sums["tokens"] == 70
+                assert model.training  # gradient checkpointing works in this mode alone
             grouprank.share_prompts(model)
 
 
@@ -507,6 +544,69 @@ def test_a_second_update_keeps_the_old_log_probabilities_and_may_clip():
     (first, old), (second, old_again) = update(), update()
     assert first["clip_share"] == 0 < second["clip_share"] <= second["tokens"]
     assert torch.equal(old, old_again)
+
+
+def test_two_updates_of_a_batch_are_two_steps_of_the_optimizer():
+    """The second one moves on from the first: its ratios are no longer 1. What the server's
+    log-probabilities differ by is told once."""
+    model = prepared("qwen2", dtype=torch.float32)
+    items, answers = rollouts_of(model)
+    answers = [[grouprank.Sampled(a.ids, [-5.0] * len(a.ids)) for a in row] for row in answers]
+    found = {}
+    for n_updates in (1, 2):
+        optimizer, steps = grouprank.Optimizer(model, grouprank.pick_machine("cpu", "fp32")), []
+        step, cfg = optimizer.step, grouprank.Config(updates_per_batch=n_updates, clip_eps=1e-4, kl_coef=0.0)
+        optimizer.step = lambda lr, step=step, steps=steps: (steps.append(lr), step(lr))[1]
+        before = copy.deepcopy(model.state_dict())
+        done = grouprank.grpo_step(grouprank.Policy(model), None, optimizer, lambda prompts, seeds: answers,
+                                   lambda ids, gold: grouprank.Reward(ids[0], "ok"), everything, items, None, 1e-2, cfg)
+        assert steps == [1e-2] * n_updates
+        found[n_updates] = done.sums
+        model.load_state_dict(before)
+    assert found[1]["told"] == found[2]["told"] == 70 and found[1]["mismatch"] == found[2]["mismatch"] > 0
+    assert found[1]["loss"] != found[2]["loss"]
+
+
+def test_adam_by_hand():
+    """Gradients 3 and 0.5 of one weight: clipped to 1 and not; betas 0.9 and 0.98; no decay."""
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(2.0)
+    optimizer = grouprank.Optimizer(model, grouprank.pick_machine("cpu", "fp32"))
+    for gradient in (3.0, 0.5):
+        optimizer.backward(gradient * model.weight.sum())
+        norm = optimizer.step(0.1)["grad_norm"]
+        assert norm == gradient
+    mean, square = (0.9 * 0.1 + 0.1 * 0.5) / (1 - 0.9**2), (0.98 * 0.02 + 0.02 * 0.25) / (1 - 0.98**2)
+    assert model.weight.item() == pytest.approx(2 - 0.1 - 0.1 * mean / math.sqrt(square))
+
+
+def test_the_reward_of_a_run_is_weighted_as_its_options_say(folders, tmp_path):
+    """Two documents, the worse one scored higher: NDCG 1 / log2(3), recall 1, whatever the alignment."""
+    given = {"ndcg_weight": 2.0, "recall_weight": 0.5, "align_weight": 0.0, "relevance_level": 11.0}
+    run = run_for(dataclasses.replace(settings(folders), **given), tmp_path)
+    text = '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer>'
+    ids = run.local.tokenizer(text, add_special_tokens=False)["input_ids"]
+    reward = run.reward([*ids, END], [0, 10])
+    assert (reward.status, reward.recall) == ("ok", 0)  # no document is at level 11
+    assert reward.total == pytest.approx(2 / math.log2(3))
+
+
+def test_local_answers_are_sampled_as_the_options_say(folders, tmp_path, monkeypatch):
+    run, asked = run_for(settings(folders), tmp_path), []
+    monkeypatch.setattr(grouprank, "sample_answers", lambda model, prompts, seeds, **options: (
+        asked.append(options), [[[END]] for _ in prompts])[1])  # fmt: skip
+    run.local([grouprank.Chat(PROMPT, "query", ("a", "b"), (0,))], 0.6, 0.9)
+    run.answer([[5, 6]], [[(0,)]], temperature=0.0)
+    assert [(options["temperature"], options["top_p"]) for options in asked] == [(0.6, 0.9), (0.0, 1.0)]
+
+
+def test_training_rows_are_trimmed_as_the_options_say(folders):
+    cfg = settings(folders, max_doc_chars=3, fold_lines=True, answer="direct")
+    tokenizer = byte_tokenizer()
+    encoder = grouprank.PromptEncoder(tokenizer, 100, 1000)
+    row = grouprank.Example("r", "q", ("a\nbcd",), (1.0,), None)
+    ((item,), _) = grouprank.encode_rows([row], encoder, PROMPT, cfg)
+    assert "a b" in tokenizer.decode(item.prompt) and "a bc" not in tokenizer.decode(item.prompt)
 
 
 def test_an_answer_ends_like_a_response_or_as_generation_config_says(folders, tmp_path):
@@ -635,11 +735,25 @@ def test_a_model_that_shares_no_prompts_is_tried_with_rows_and_a_resumed_run_wit
         made.append(1), like(*args, **options))[1])  # fmt: skip
     grouprank.fit_memory(run, run.items, 4, None, optimizer)
     assert 0.85 * 4096 < tried[0] <= 4096
-    assert len(made) == 2 * len(optimizer.weights)
+    assert len(made) == 3 * len(optimizer.weights)  # gradients and two moments
     grouprank.sft_step(run.policy, optimizer, everything, run.items, 1e-2, 4096)
     made.clear()
     grouprank.fit_memory(run, run.items, 4, None, optimizer)
-    assert not made
+    assert len(made) == len(optimizer.weights)
+
+
+def test_the_passes_of_grpo_are_tried_before_the_supervised_stage_begins(folders, tmp_path, monkeypatch):
+    """Not hours later; a stage alone is tried alone."""
+    tried, answers = [], {"sft": [1], "grpo": [4], "both": [1, 4]}
+    monkeypatch.setattr(grouprank, "fit_memory", lambda run, items, n, *rest: tried.append(n) or 4096)
+    for stage, expected in answers.items():
+        cfg = settings(folders, stage=stage, rollouts_per_prompt=4, max_tokens_per_pass=4096)
+        run = run_for(cfg, tmp_path)
+        run.local.machine = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+        monkeypatch.setattr(grouprank, "check_packing", lambda *rest: None)
+        tried.clear()
+        grouprank.start_stage(run, "grpo" if stage == "grpo" else "sft", run.items, None, None)
+        assert tried == expected
 
 
 def test_memory_that_pytorch_holds_and_does_not_use_is_room_for_the_cache(folders, tmp_path, monkeypatch):
@@ -832,8 +946,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     tiny_model("qwen2", 300).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     byte_tokenizer().save_pretrained(tmp_path / "bf16")
     cfg = settings(tmp_path, "bf16", data=str(folders / "rows.jsonl"), save_every=1,
-                   lora_rank=lora_rank, grpo_epochs=2.0, max_new_tokens=70)
+                   lora_rank=lora_rank, grpo_epochs=2.0, max_new_tokens=70, sft_warmup=0.5,
+                   grpo_warmup=0.4, grpo_schedule="linear")
     whole = grouprank.train(cfg, PROMPT, tmp_path / "whole")
+    for stage, *schedule in (("sft", cfg.sft_lr, 0.5, "cosine"), ("grpo", cfg.grpo_lr, 0.4, "linear")):
+        rates = [line["lr"] for line in metrics(tmp_path / "whole", stage)]
+        assert rates == [grouprank.learning_rate(i, len(rates), *schedule) for i in range(len(rates))]
     resumed, out = dataclasses.replace(cfg, resume=True), tmp_path / "stopped"
     for again in (cfg, resumed, resumed):  # in SFT, at the first GRPO step, in GRPO
         with monkeypatch.context() as patch, pytest.raises(Stop):

@@ -378,7 +378,7 @@ def test_queries_that_the_model_has_no_room_for_are_counted_and_keep_their_order
     assert [(r.order, r.means) for r in rankings[1:]] == [([0, 1], [None, None])] * 2
     assert (counts["calls"], counts["errors"], counts["failed groups"], counts["unscored documents"]) == (3, 2, 2, 4)
     errors = [name for name in counts if name.startswith("error: ")]
-    assert "error: out of memory" in errors and "leaves no room for 2 documents" in str(errors)
+    assert "error: out of memory" in errors and "have no room for 2 documents" in str(errors)
     assert "confidential" not in str(errors)
 
 
@@ -477,7 +477,7 @@ def test_numbers_and_tags_are_found_behind_what_cannot_be_seen_in_linear_time():
     for plain in ("x[i] = [1, 2]", "[1 2]", "1 < 2 > 0", "1\ufe0f\u20e3", "\u0645\u06cc\u200c\u0631\u0648\u0645"):
         assert grouprank.defuse(plain) == plain
     for piece in ("[", "[1", "[ ", "< ", "< /", "[1 ", "1\ufe0f", "<|", "[\ufe0f"):
-        for text in (piece * 200_000, "[" + piece * 200_000, "<" + piece * 200_000):
+        for text in (piece * 50_000, "[" + piece * 50_000, "<" + piece * 50_000):
             started = time.perf_counter()
             grouprank.defuse(text)
             assert time.perf_counter() - started < 1.0, piece
@@ -511,16 +511,17 @@ def test_mutations_of_real_answers_are_read(real_data):
     assert [grouprank.parse_answer(text, 10).status for text in corpus] == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("piece", ["<answer>", "</think>", "{", "[", '"[2]": 5,', '{"[1]":', "\\", '"',
-                                   "9", "-", " ", "1e", "\ud800"])  # fmt: skip
-def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
-    inside = piece * (1_000_000 // len(piece))
+@pytest.mark.parametrize("piece", ["<reason>", "<answer>", "<answer>{", "</answer>", "</think>", "</think><answer>", "{",
+                                   "[", '"[2]": 5,', '{"[1]":', '{"[1]": 1, ', "\\", '"', "9", "-", " ", "1e",
+                                   "\ud800"])  # fmt: skip
+def test_much_of_anything_is_read_in_linear_time(piece):
+    inside = piece * (200_000 // len(piece))
     for text in (inside, f"<reason></reason><answer>{inside}</answer>",
                  f'<reason></reason><answer>{{"[1]": {inside}}}</answer>'):  # fmt: skip
         for parse in (grouprank.parse_answer, grouprank.parse_rating, grouprank.parse_permutation):
             started = time.perf_counter()
             parse(text, 20)
-            assert time.perf_counter() - started < 4.0  # a quadratic pattern would take hours
+            assert time.perf_counter() - started < 2.0  # a quadratic pattern would take many minutes
 
 
 def test_a_special_token_inside_an_answer_is_seen_by_the_reward(cfg, place, tmp_path, monkeypatch):
