@@ -200,7 +200,7 @@ class Config:
     retries: int = reranking(3, "further tries for a group whose answer is unusable")
     endpoint: str = reranking("", "URL of an OpenAI-compatible server (…/v1), or several with"
         " commas; the key comes from OPENAI_API_KEY")
-    concurrency: int = reranking(16, "requests in flight at all servers together")
+    concurrency: int = reranking(16, "requests in flight of a process, at all servers")
     timeout_s: float = reranking(600.0, "seconds to wait for a server's answer")
     shard: str = reranking("", "i/n: rerank every n-th query, from the i-th on, into OUT.i-of-n;"
         " cat OUT.*-of-n joins them")

@@ -256,6 +256,7 @@ def demo(tmp_path_factory):
         patch.setattr(sys, "stdout", screen)
         patch.setattr(grouprank, "DEMO_ROWS", {"sft": 1600, "grpo": 32, "dev": 8})
         patch.setattr(grouprank, "DEMO_QUERIES", 10)
+        patch.setitem(grouprank.DEMO_DIRECT, "sft_epochs", 0.2)
         grouprank.main(["--train", "--out", str(out), "--device", "cpu"])
     return out
 
@@ -286,7 +287,7 @@ def test_the_demo_shows_every_fiftieth_step_and_a_table_from_0_to_100(demo):
     screen = (demo.parent / "screen").read_text()
     steps = re.findall(r"^(sft|grpo) (\d+)/\d+ \| (?!held-out)", screen, re.MULTILINE)
     assert steps == [("sft", "1"), ("sft", "50"), ("sft", "100"), ("grpo", "1"), ("grpo", "4"),
-                     ("sft", "1"), ("sft", "204"), ("grpo", "1"), ("grpo", "4")]  # direct scoring
+                     ("sft", "1"), ("sft", "41"), ("grpo", "1"), ("grpo", "4")]  # direct scoring
     assert "\nseconds of reranking: untrained " in screen
     lines = screen.partition("held-out NDCG@10 (0-100)")[2].splitlines()
     (shown,) = (line.split()[1:] for line in lines if line.startswith("NDCG@10 "))
@@ -307,6 +308,7 @@ def test_the_demo_survives_its_own_overwriting(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouprank, "DEMO_ROWS", {"sft": 16, "grpo": 8, "dev": 2})
         patch.setattr(grouprank, "DEMO_QUERIES", 1)
+        patch.setattr(grouprank, "write_results", lambda cfg, prompt, out, seconds: (out / "results.json").touch())
         for option in ([], ["--overwrite"]):
             grouprank.main(["--train", "--out", str(tmp_path / "run"), "--device", "cpu", "--retries", "0",
                             "--kl-coef", "0.2", "--answer", "reason", *option])  # fmt: skip
