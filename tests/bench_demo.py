@@ -143,7 +143,8 @@ def main():
         out = Path(args.out)
         if args.small:
             out, grouprank.DEMO_ROWS, grouprank.DEMO_QUERIES = Path(temporary), SMALL_ROWS, SMALL_QUERIES
-            options = "--retries 0 --rollouts-per-prompt 2 --eval-every 0 --save-every 0".split()
+            options = ("--retries 0 --rollouts-per-prompt 2 --eval-every 0 --save-every 0"
+                       " --docs-per-group 2 --max-new-tokens 40").split()
         for seed in args.seeds:
             done = out / f"seed-{seed}.json"
             if not done.exists():

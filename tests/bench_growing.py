@@ -347,16 +347,21 @@ def settings(device, small):
     return [chosen[0] | {"shape": TINY, "answer_tokens": 16}] if small else chosen
 
 
+def measure_apart(device, setting):
+    """`measure` in a process of its own, whose peak is that of the setting alone."""
+    command = [sys.executable, __file__, "--device", device, "--measure", json.dumps(setting)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def check(device, small):
     """Predicted and measured peak memory of updates, each setting in its own process."""
     print(f"\n| check on {device} | predicted GB | measured GB | predicted / measured |\n|---|---|---|---|")
     for setting in settings(device, small):
-        command = [sys.executable, __file__, "--device", device, "--measure", json.dumps(setting)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False,
-                              env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        use = json.loads(done.stdout.splitlines()[-1])
+        use = measure(device, setting) if small else measure_apart(device, setting)
         kind = (f"{'LoRA' if setting['lora_rank'] else 'full'}, {setting['precision']}"
                 f"{', checkpointing' if setting['checkpointing'] else ''}")
         print(f"| {kind}, P {setting['prompt_tokens']}, C {setting['answer_tokens']}"

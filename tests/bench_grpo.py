@@ -378,8 +378,13 @@ def report_rate(rows: list[dict]) -> None:
             print(f"P {p}, C {c}: {work:.3g} operations in {row['seconds']:.2f} s, {share:.1%}")
 
 
-def measure(name: str, device: str, shape: str, phase: str) -> dict:
-    """One contender in a process of its own; {"error"} when it is not installed or fails."""
+def measure(name: str, device: str, shape: str, phase: str, apart: bool = True) -> dict:
+    """One contender in a process of its own; {"error"} when it is not installed or fails.
+
+    Not `apart`, ours run in this one: seconds less, and a peak that is everything's.
+    """
+    if not apart and not name.startswith("trl"):
+        return run_contender(name, device, shape, phase)
     if name.startswith("trl") and not all(map(importlib.util.find_spec, ("trl", "peft", "datasets"))):
         print(f"{name}, {shape}, {phase}: not installed (requirements-bench.txt)", file=sys.stderr)
         return {"error": "not installed"}
@@ -410,13 +415,14 @@ def show(rows: list[dict]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def compare(device: str, shape: str, phase: str, names: list[str], n_rounds: int) -> list[dict]:
+def compare(device: str, shape: str, phase: str, names: list[str], n_rounds: int,
+            apart: bool = True) -> list[dict]:
     """The contenders in turn, n_rounds times; the medians of each."""
     runs = {name: [] for name in names}
     for _ in range(n_rounds):
         for name in names:
             if not (runs[name] and "error" in runs[name][-1]):
-                runs[name].append(measure(name, device, shape, phase))
+                runs[name].append(measure(name, device, shape, phase, apart))
     rows = []
     for name, results in runs.items():
         good = [r for r in results if "error" not in r]
@@ -439,11 +445,12 @@ def main() -> None:
     parser.add_argument("--many", action="store_true", help="many short prompts in one row")
     parser.add_argument("--answer", choices=("reason", "direct"), default="reason")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="--shapes 64,8 --phases rollout --rounds 1")
+    parser.add_argument("--small", action="store_true", help="one small rollout, once")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.small:
         args.shapes, args.phases, args.rounds = ["64,8"], ["rollout"], 1
+        args.contenders = ["packed", "rows", "trl"]
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -452,13 +459,14 @@ def main() -> None:
     if args.many or args.answer == "direct":
         shape = ",".join(map(str, (2, 16, 3, 8) if args.small else MANY))
         phase, names = (("many", ["batched", "looped"]) if args.many else ("direct", ["G=8", "G=64"]))
-        compare(args.device, shape, phase, names, args.rounds)
+        compare(args.device, shape, phase, names, args.rounds, not args.small)
         return
     for shape in args.shapes or SHAPES[args.device]:
         for phase in args.phases:
             names = [n for n in args.contenders if not (args.no_trl and n.startswith("trl"))]
             rows += compare(args.device, shape, phase,
-                            [n for n in names if phase != "full" or n == "packed"], args.rounds)
+                            [n for n in names if phase != "full" or n == "packed"], args.rounds,
+                            not args.small)
     if args.device == "cuda":
         report_rate(rows)
     if args.json:

@@ -2,7 +2,7 @@
 
     python tests/bench_kill.py --kills 50          # some minutes on one core
     python tests/bench_kill.py --kills 0           # the worst moments only
-    python tests/bench_kill.py --small             # these, with LoRA alone; seconds
+    python tests/bench_kill.py --small             # these and one more, LoRA, short answers; seconds
 
 The demo, made small, is trained once without a stop, with all parameters and with LoRA. Then it is
 trained again: first killed at each of the worst moments (half a checkpoint written, a folder gone
@@ -169,10 +169,11 @@ def main(argv=None):
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
     parser.add_argument("--lora-rank", type=int, nargs="+", default=[0, 4])
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
-    parser.add_argument("--small", action="store_true", help="--kills 0 --lora-rank 4")
+    parser.add_argument("--small", action="store_true", help="--kills 1 --lora-rank 4, short answers")
     args = parser.parse_args(argv)
     if args.small:
-        args.kills, args.lora_rank = 0, [4]
+        args.kills, args.lora_rank = 1, [4]
+        ARGUMENTS.extend("--docs-per-group 2 --max-new-tokens 30".split())
     torch.set_num_threads(1)
     rng, moments, survived, n_runs = random.Random(args.seed), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as folder:

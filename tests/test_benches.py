@@ -14,7 +14,7 @@ BENCHES = {  # script: arguments for a size of seconds, what its table names
     "bench_growing.py": ("--small", ["| 32B | ", "| 20 | 4 | 20 M | ", "| check on cpu | ", "| LoRA, fp32, "]),
     "bench_grpo.py": ("--small", ["| rollout | packed | ", "| rollout | rows | ", "| rollout | trl | "]),
     # SIGKILL to real processes at the worst moments, and one at a random one.
-    "bench_kill.py": ("--kills 1 --lora-rank 4", ["the final model is half there", "8 of 8 kills survived"]),
+    "bench_kill.py": ("--small", ["the final model is half there", "8 of 8 kills survived"]),
     "bench_real.py": ("--small", ["| supervised, then GRPO | ", "| no-echo | ", "| cranfield, trained, seed 0 | "]),
     "bench_rerank.py": ("--small", ["| pointwise | ", "| listwise, w = 5", "| c | t = 1 |", "sweep.png",
                                     "| cpu | groupwise, 2 new tokens | ", "| cpu | groupwise, direct | "]),
