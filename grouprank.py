@@ -2812,7 +2812,7 @@ class Endpoint:
                 return Completion("", error=fault, hopeless=True)
             pause_s = after_s or self.backoff_s * 2**attempt * (0.5 + jitter.random())
             pause_s = 0.0 if self.ready() else min(pause_s, self.LONGEST_PAUSE_S)
-            if pause_s > 5 and attempt + 1 < self.tries:
+            if pause_s > 5 and attempt + 1 < self.tries and not stop.is_set():
                 print(f"waiting {pause_s:.0f} s for {url} after {fault}", file=sys.stderr)
             if attempt + 1 == self.tries or stop.wait(pause_s):
                 break

@@ -842,7 +842,7 @@ def test_pauses_double_unless_the_server_says_how_long_it_needs(code, retry_afte
         raise urllib.error.HTTPError(url, code, "no", headers, io.BytesIO(b"overloaded"))
 
     endpoint.post = fail
-    answer = endpoint.ask({"seed": 1}, types.SimpleNamespace(wait=lambda s: pauses.append(s)))
+    answer = endpoint.ask({"seed": 1}, types.SimpleNamespace(is_set=lambda: False, wait=lambda s: pauses.append(s)))
     assert answer.error == f"HTTP {code} (6 tries)" and not answer.hopeless
     assert all(low <= pause <= high for pause, (low, high) in zip(pauses, expected, strict=True))
 
