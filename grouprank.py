@@ -1884,7 +1884,11 @@ def merge_lora(model) -> float:
         whole += update.square().sum().item()
         del layer.lora_A, layer.lora_B
         layer.__class__ = nn.Linear
-    return kept / whole if whole else 1.0
+    share = kept / whole if whole else 1.0
+    if share < 0.95:
+        print(f"note: rounded to {stored.dtype}, the merged weights keep {share:.0%} of what the"
+              " adapters learned; of GRPO's, OUT/adapter over its base has all")
+    return share
 
 
 @contextlib.contextmanager
@@ -1909,13 +1913,14 @@ def plain_state_dict(model) -> dict[str, Tensor]:
     stored = getattr(model, "stored_dtype", torch.float32)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            continue
         place = tensor.data_ptr(), tensor.shape  # a tied head is the embeddings, also in the file
         if place not in written:
             if owner in layers and leaf == "weight":
                 tensor = layers[owner].merged_weight()
             written[place] = tensor.cpu().to(stored if tensor.is_floating_point() else tensor.dtype)
-        if leaf not in ("lora_A", "lora_B"):
-            weights[name] = written[place]
+        weights[name] = written[place]
     return weights
 
 
@@ -3407,9 +3412,7 @@ def run_stages(run: Run, sft_done: bool, stop: list[int]) -> None:
         if cfg.lora_rank and is_first():
             base = str(out / "sft") if (out / "sft").exists() else cfg.model
             save_adapter(model, out / "adapter", base)
-        if (kept := merge_lora(model)) < 0.95:
-            print(f"note: rounded to {model.stored_dtype}, the merged weights keep {kept:.0%} of"
-                  f" GRPO's update; {out / 'adapter'} over its base has all of it")
+        merge_lora(model)
     on_first(run.save, "", cfg.stage)
 
 

@@ -358,7 +358,7 @@ def measure_apart(device, setting):
 
 
 def check(device, small):
-    """Predicted and measured peak memory of updates, each setting in its own process."""
+    """Predicted and measured peak memory of updates, each in its own process unless it is small."""
     print(f"\n| check on {device} | predicted GB | measured GB | predicted / measured |\n|---|---|---|---|")
     for setting in settings(device, small):
         use = measure(device, setting) if small else measure_apart(device, setting)

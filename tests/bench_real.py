@@ -21,8 +21,7 @@ Training rows are groups of --docs-per-group documents, all different, of two ki
   are drawn at random, 0. No document shows its title here: the best one would be known by its lack.
 Rows get harder: of the n rows of a training, in the i-th one a document that is not relevant is
 replaced by a random unjudged one with probability 1 - i / n. The wording of the prompt is a short one,
-as the rubric is lost on a model of this size: a row of 5 documents of 32 tokens has 448 tokens, not
-662.
+for speed: a row of 5 documents of 32 tokens has 448 tokens, with the product's own 662.
 Of the 150 training queries every fifth is held out: the curve, the weight of fusion and every
 setting are chosen on these 30. Abstracts that are judged for a test query or a held-out one are
 documents, but their titles are no queries (770 titles of 1,398 are left).

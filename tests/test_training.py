@@ -176,7 +176,7 @@ def test_peft_opens_our_adapters_and_merges_them_to_what_we_merge(kind, tmp_path
     assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
 
 
-def test_what_rounding_leaves_of_a_merged_update_is_told():
+def test_what_rounding_leaves_of_a_merged_update_is_told(capsys):
     """Weights of 1: bfloat16's next are 1 + 1/128 and 1 - 1/256. Updates of 1/2 stay, of 1/1000 go."""
     for size, share in ((0.5, 1.0), (0.001, 0.0)):
         model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(1, 1))
@@ -188,6 +188,7 @@ def test_what_rounding_leaves_of_a_merged_update_is_told():
         model[0].lora_B.data.fill_(size)
         assert grouprank.merge_lora(model) == pytest.approx(share, abs=1e-6)
         assert torch.equal(model[0].weight, torch.full((4, 8), 1 + (size == 0.5) * size).bfloat16())
+        assert ("the merged weights keep 0% of what" in capsys.readouterr().out) == (share == 0)
 
 
 def test_a_tied_head_is_stored_once_in_whatever_type(tmp_path):
@@ -581,13 +582,13 @@ def test_adam_by_hand():
 
 
 def test_the_reward_of_a_run_is_weighted_as_its_options_say(folders, tmp_path):
-    """Two documents, the worse one scored higher: NDCG 1 / log2(3), recall 1, whatever the alignment."""
+    """Two documents, the worse one scored higher: NDCG 1 / log2(3); none reaches the level: recall 0."""
     given = {"ndcg_weight": 2.0, "recall_weight": 0.5, "align_weight": 0.0, "relevance_level": 11.0}
     run = run_for(dataclasses.replace(settings(folders), **given), tmp_path)
     text = '<reason>r</reason><answer>{"[1]": 9, "[2]": 1}</answer>'
     ids = run.local.tokenizer(text, add_special_tokens=False)["input_ids"]
     reward = run.reward([*ids, END], [0, 10])
-    assert (reward.status, reward.recall) == ("ok", 0)  # no document is at level 11
+    assert (reward.status, reward.recall) == ("ok", 0)
     assert reward.total == pytest.approx(2 / math.log2(3))
 
 

@@ -480,7 +480,7 @@ def test_numbers_and_tags_are_found_behind_what_cannot_be_seen_in_linear_time():
         for text in (piece * 50_000, "[" + piece * 50_000, "<" + piece * 50_000):
             started = time.perf_counter()
             grouprank.defuse(text)
-            assert time.perf_counter() - started < 1.0, piece
+            assert time.perf_counter() - started < 0.25, piece
 
 
 def test_what_a_stranger_wrote_cannot_steer_the_screen(tmp_path, capsys):
@@ -521,7 +521,7 @@ def test_much_of_anything_is_read_in_linear_time(piece):
         for parse in (grouprank.parse_answer, grouprank.parse_rating, grouprank.parse_permutation):
             started = time.perf_counter()
             parse(text, 20)
-            assert time.perf_counter() - started < 2.0  # a quadratic pattern would take many minutes
+            assert time.perf_counter() - started < 0.8  # a quadratic pattern would take many minutes
 
 
 def test_a_special_token_inside_an_answer_is_seen_by_the_reward(cfg, place, tmp_path, monkeypatch):
