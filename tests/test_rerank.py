@@ -9,14 +9,12 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
+import signal
 import threading
 import time
 import types
 import urllib.error
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -924,21 +922,27 @@ def test_an_answer_that_thinks_only_is_read_where_a_whole_one_stands_and_named_w
         asked(thinking("let me see <answer>"), [candidates([0, 0])])
 
 
-def test_ctrl_c_in_a_program_that_asks_a_silent_server_ends_it_at_once():
+def test_ctrl_c_in_a_program_that_asks_a_silent_server_ends_it_at_once(monkeypatch):
+    """Threads that are left wait for the server, but a program that ends does not wait for them."""
     class Silent(LocalServer):
         def post(self, handler, body):
+            asked.set()
             time.sleep(30)
 
-    with Silent() as server:
-        code = ("import os, signal, threading, grouprank\n"
-                "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-                f"ranker = grouprank.GroupRanker.from_pretrained('m', endpoint='{server.url}')\n"
-                "threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
-                "ranker.rank('q', ['a', 'b'])")
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
-                                   cwd=Path(grouprank.__file__).parent)  # fmt: skip
-        _, errors = process.communicate(timeout=25)
-    assert "KeyboardInterrupt" in errors and process.returncode != 0
+    asked, before, started = threading.Event(), set(threading.enumerate()), time.perf_counter()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Silent() as server, pytest.raises(KeyboardInterrupt):
+            ranker = grouprank.GroupRanker.from_pretrained("m", endpoint=server.url)
+            interrupt = threading.Thread(
+                target=lambda: asked.wait() and os.kill(os.getpid(), signal.SIGINT), daemon=True)
+            interrupt.start()
+            ranker.rank("q", ["a", "b"])
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert time.perf_counter() - started < 10
+    left = set(threading.enumerate()) - before
+    assert left and all(thread.daemon for thread in left)
 
 
 def test_that_no_server_is_there_is_said_before_the_first_call():
