@@ -98,7 +98,7 @@ def start(out, lora_rank, log, worst=None):
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        grouprank.DEMO_ROWS = {"sft": 64, "grpo": 12, "dev": 2}
+        grouprank.DEMO_ROWS = {"sft": 40, "grpo": 12, "dev": 2}
         grouprank.DEMO_QUERIES = 2
         if worst:
             kill_when(*WORST[worst])

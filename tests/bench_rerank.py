@@ -424,7 +424,7 @@ def shrink(args):
     """Sizes for --small; nothing can be learned from as few documents."""
     global SIZES, BASE_DOCS, SETTINGS, CANDIDATES, ROUNDS
     SIZES, BASE_DOCS, CANDIDATES, ROUNDS = (1, 5), {1: 100, 5: 100}, 10, 2
-    SETTINGS = SETTINGS | {"retries": 0, "max_new_tokens": 120}
+    SETTINGS = SETTINGS | {"retries": 0, "max_new_tokens": 110}
     args.docs, args.queries, args.window, args.alone, args.seeds = 100, 2, 5, 1, args.seeds[:1]
     args.doc_tokens, args.new_tokens = 5, 2
 

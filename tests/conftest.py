@@ -1,6 +1,7 @@
 """Small models and data for the tests: random weights, real folders, nothing downloaded."""
 
 import contextlib
+import gc
 import json
 import os
 import threading
@@ -147,6 +148,11 @@ class ChatServer(LocalServer):
         message = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
                    "usage": {"prompt_tokens": 10, "completion_tokens": 5}}  # fmt: skip
         handler.send(200, json.dumps(message).encode())
+
+
+def pytest_collection_finish():
+    """No garbage collection goes through the libraries' objects again, and no fork copies them."""
+    gc.freeze()
 
 
 def everything(costs):

@@ -24,8 +24,9 @@ BENCHES = {  # script: arguments for a size of seconds, what its table names
 }
 # The libraries are imported once: each benchmark is a fork of one process.
 RUN_ALL = """
-import os, runpy, sys
-import grouprank, synth
+import gc, os, runpy, sys
+import grouprank, synth, matplotlib.pyplot
+gc.freeze()  # no collection goes through the libraries' objects again, and no fork copies them
 for number, command in enumerate(sys.argv[2:]):
     if not (child := os.fork()):
         for stream, name in ((1, "out"), (2, "err")):
