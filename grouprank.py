@@ -1661,6 +1661,8 @@ def join_processes() -> None:
     # Lists travel over gloo, tensors on CUDA over NCCL. Hours: one may wait for another's rollouts.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    if torch.cuda.is_available():  # NCCL connects at its first sum: better now than after hours
+        dist.all_reduce(torch.zeros(1, device="cuda"))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -2672,7 +2674,7 @@ class Endpoint:
     """
 
     PATH = "/chat/completions"
-    FATAL = (301, 302, 303, 307, 308, 401, 403, 404)  # a wrong key, address or name stays wrong
+    FATAL = (301, 302, 303, 307, 308, 401, 402, 404)  # a wrong key, address or name, or no money
     AGAIN = (408, 429)  # and 5xx: may get better; other answers of 4xx will not
     REST_S, LONGEST_PAUSE_S = 30.0, 60.0
     MOST_NONE = 3  # replies in a row, for each server, that are plainly no answers
@@ -2692,7 +2694,7 @@ class Endpoint:
         self.opener = urllib.request.build_opener(NoRedirects)
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
         # A model that was trained here does not think. Servers of others may refuse the field.
-        kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+        kwargs = {"chat_template_kwargs": {"enable_thinking": False, "date_string": "26 Jul 2024"}}
         self.extra = kwargs if read_meta(model) else {}
         self.lock, self.in_flight = threading.Lock(), Counter()
         self.rests_until = dict.fromkeys(self.urls, 0.0)  # on time.monotonic()'s clock
@@ -2843,8 +2845,8 @@ class Endpoint:
 
     def post(self, url: str, body: dict | None, timeout_s: float = 0.0) -> bytes:
         """Send one request and return the reply; a silence of --timeout-s ends it."""
-        request = urllib.request.Request(url, body and json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(url, body and json.dumps(body).encode(), {
+            "Content-Type": "application/json", "User-Agent": "grouprank"})  # some ban urllib's
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         with self.opener.open(request, timeout=timeout_s or self.cfg.timeout_s) as response:
@@ -2857,9 +2859,12 @@ class Endpoint:
             raise NoAnswer(words or "an empty reply")
         answer = json.loads(reply)
         choice = (answer.get("choices") or [answer])[0]
-        said = choice.get("error") or (choice if choice is answer else None)
+        said = answer.get("error") or choice.get("error") or (choice if choice is answer else None)
         if said:
-            raise NoAnswer(str(said.get("message", said) if isinstance(said, dict) else said))
+            # With a code of the kind that may get better it is tried again as under that status.
+            passing = re.search(r"'code': '?(408|429|5\d\d)\b", str(said))
+            raise (ConnectionError if passing else NoAnswer)(
+                str(said.get("message", said) if isinstance(said, dict) else said))
         return answer
 
     def read(self, answer: dict, body: dict) -> Completion:
@@ -2915,7 +2920,7 @@ class RolloutServers(Endpoint):
     """
 
     PATH = "/completions"
-    FATAL = (301, 302, 303, 307, 308, 401, 403)
+    FATAL = (301, 302, 303, 307, 308, 401, 402, 403)
     AGAIN = (404, 408, 429)  # 404: this server lacks the adapter, another may have it
 
     def __init__(self, cfg: Config, out: Path, end_ids: Sequence[int], eos_id: int, **options):

@@ -157,6 +157,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="attention aligned at the lower right is no fused call")
 @pytest.mark.parametrize("n_prompts", [1, 8])
 def test_a_layer_makes_two_attention_calls_and_waits_for_nothing(n_prompts, monkeypatch):
     """Whatever the number of prompts: no operator that hands a value or a shape to Python."""

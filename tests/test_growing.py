@@ -46,6 +46,7 @@ def test_full_training_takes_sixteen_bytes_a_parameter_and_lora_the_base_once():
     assert (lora["gradients"], lora["moments"]) == (4 * n_adapter, 8 * n_adapter)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="older attention on a CPU keeps more")
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps_for_a_layer(lora, dtype):

@@ -4,6 +4,7 @@ jobs, local models and servers that misbehave, real passages, Python."""
 import dataclasses
 import functools
 import gzip
+import inspect
 import io
 import json
 import math
@@ -630,6 +631,7 @@ class GoldServer(LocalServer):
     def post(self, handler, body):
         with self.lock:
             number = len(self.requests)
+            assert handler.headers["User-Agent"] == "grouprank"  # some servers ban urllib's own
             self.requests.append((handler.path, body, handler.headers.get("Authorization")))
         fault = self.always
         if self.faulty and number % 3 == 0:
@@ -805,11 +807,14 @@ def test_a_server_that_always_misbehaves_ends_in_counts_and_never_in_a_wrong_sco
 def test_a_model_that_was_trained_here_is_served_with_the_prompt_that_it_learned(tmp_path):
     """Without thinking; servers of other models, which may refuse the field, are not sent it."""
     (tmp_path / "meta.json").write_text('{"docs_per_group": 3}')
-    queries, served = [candidates([1, 9], "q")], {str(tmp_path): {"enable_thinking": False}, "x": None}
+    learned = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # as render_chat() writes it
+    queries, served = [candidates([1, 9], "q")], {str(tmp_path): learned, "x": None}
     for name, expected in served.items():
         with GoldServer(gold_of(queries)) as server:
             asked(grouprank.Endpoint(server.url, name, grouprank.Config()), queries)
         assert server.requests[0][1].get("chat_template_kwargs") == expected
+    source = inspect.getsource(grouprank.render_chat)
+    assert '"enable_thinking": False' in source and '"date_string": "26 Jul 2024"' in source
 
 
 def test_a_request_that_the_server_refuses_is_not_sent_again():
@@ -903,6 +908,37 @@ def test_a_reply_that_is_no_answer_stops_after_three_tries_with_its_words(reply,
     assert 3 <= len(asked_for) <= 6  # those that were on their way when the third one came
 
 
+def test_an_error_under_status_200_with_a_code_that_passes_is_tried_again():
+    """As OpenRouter and LiteLLM put them: at the top, or beside an empty answer."""
+    endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(concurrency=1), backoff_s=0.001)
+    busy = {"error": {"message": "Rate limit", "code": 429}}
+    beside = {"error": {"message": "Overloaded", "code": "503"}, "choices": [{"message": {"content": None}}]}
+    right = {"choices": [{"message": {"content": make_answer([1, 9])}}]}
+    replies = [busy, beside, busy, beside, right]
+    endpoint.post = lambda url, body: json.dumps(replies.pop(0)).encode()
+    rankings, counts = asked(endpoint, [candidates([0, 0])])
+    assert rankings[0].order == [1, 0] and (counts["calls"], counts["errors"], replies) == (1, 0, [])
+
+
+def test_one_flagged_document_costs_its_group_and_not_the_job():
+    """Status 403, as moderation answers; nothing but 403 is an error, as with a key without rights."""
+    queries = [candidates([1, 9], "good"), candidates([2, 8], "flagged")]
+
+    def post(url, body, timeout_s=0.0):
+        scores = [int(n) for n in re.findall(r"text \d (\d)", body["messages"][-1]["content"])]
+        if 8 in scores:
+            raise urllib.error.HTTPError(url, 403, "no", {}, io.BytesIO(b"input was flagged"))
+        return json.dumps({"choices": [{"message": {"content": make_answer(scores)}}]}).encode()
+
+    endpoint = grouprank.Endpoint("http://h/v1", "x", grouprank.Config(), backoff_s=0.001)
+    endpoint.post = post
+    rankings, counts = asked(endpoint, queries)
+    assert [ranking.order for ranking in rankings] == [[1, 0], [0, 1]]
+    assert (counts["calls"], counts["errors"], counts["failed groups"]) == (2, 1, 1)
+    with pytest.raises(ValueError, match="none of 1 calls was answered; the first error: HTTP 403"):
+        asked(endpoint, queries[1:])
+
+
 def test_an_answer_that_thinks_only_is_read_where_a_whole_one_stands_and_named_where_not():
     def thinking(text):
         choice = {"message": {"content": None, "reasoning_content": text}, "finish_reason": "length"}
@@ -961,10 +997,11 @@ def test_a_share_of_unreadable_answers_above_one_half_is_warned_of_once(capsys):
     assert capsys.readouterr().err.count("2 of 3 answers could not be read; one begins with 'I cannot help.'") == 1
 
 
-def test_a_wrong_key_or_model_name_stops_at_once_with_the_servers_words():
-    with GoldServer({}, always="404") as server:
+@pytest.mark.parametrize("status", ["401", "402", "404"])
+def test_a_wrong_key_or_model_name_or_an_empty_account_stops_at_once_with_the_servers_words(status):
+    with GoldServer({}, always=status) as server:
         endpoint = grouprank.Endpoint(server.url, "x", grouprank.Config(), backoff_s=30.0)
-        with pytest.raises(ValueError, match=f"{server.url} answered HTTP 404: .*error"):
+        with pytest.raises(ValueError, match=f"{server.url} answered HTTP {status}: .*error"):
             asked(endpoint, [candidates([1, 9, 5], f"q{i}") for i in range(4)])
 
 
