@@ -395,6 +395,9 @@ CHAT_TOKENS = re.compile(
     r"|</?tool_(?:call|response)>|<SPECIAL_\d{1,4}>|\[control_\d{1,4}\]"
     r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|SYSTEM_PROMPT|ARGS|CALL_ID"
     r"|THINK|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|PREFIX|MIDDLE|SUFFIX)\]")
+# Thinking is off where a template offers the switch: the reasoning goes into <reason>.
+# Llama's write the date, this one unless told: another day would be another prompt.
+TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 def defuse(text: str, added: Sequence[str] = ()) -> str:
@@ -503,10 +506,7 @@ def render_chat(tokenizer, system: str, user: str) -> str:
         return f"{tokenizer.bos_token if starts else ''}{system}\n\n{user}\n\n"
     from jinja2 import TemplateError  # comes with torch and transformers, which renders with it
 
-    # Thinking is off where a template offers the switch: the reasoning goes into <reason>.
-    # Llama's write the date, this one unless told: another day would be another prompt.
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False,
-               "date_string": "26 Jul 2024"}
+    options = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE_OPTIONS}
     with contextlib.suppress(TemplateError):
         text = tokenizer.apply_chat_template(as_chat(system, user), **options)
         if system.strip() in text:  # some templates leave a system message out, others refuse it
@@ -2693,8 +2693,8 @@ class Endpoint:
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
         self.opener = urllib.request.build_opener(NoRedirects)
         self.model, self.cfg, self.tries, self.backoff_s = model, cfg, tries, backoff_s
-        # A model that was trained here does not think. Servers of others may refuse the field.
-        kwargs = {"chat_template_kwargs": {"enable_thinking": False, "date_string": "26 Jul 2024"}}
+        # As a model that was trained here learned it. Servers of others may refuse the field.
+        kwargs = {"chat_template_kwargs": TEMPLATE_OPTIONS}
         self.extra = kwargs if read_meta(model) else {}
         self.lock, self.in_flight = threading.Lock(), Counter()
         self.rests_until = dict.fromkeys(self.urls, 0.0)  # on time.monotonic()'s clock
@@ -2861,10 +2861,10 @@ class Endpoint:
         choice = (answer.get("choices") or [answer])[0]
         said = answer.get("error") or choice.get("error") or (choice if choice is answer else None)
         if said:
+            told = said if isinstance(said, dict) else {"message": said}
             # With a code of the kind that may get better it is tried again as under that status.
-            passing = re.search(r"'code': '?(408|429|5\d\d)\b", str(said))
-            raise (ConnectionError if passing else NoAnswer)(
-                str(said.get("message", said) if isinstance(said, dict) else said))
+            passing = re.fullmatch(r"408|429|5\d\d", str(told.get("code")))
+            raise (ConnectionError if passing else NoAnswer)(str(told.get("message", told)))
         return answer
 
     def read(self, answer: dict, body: dict) -> Completion:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -189,6 +190,14 @@ def write_rows(path, rows):
 def warned_of_nothing():
     """What one test was warned of, once, is news to the next."""
     grouprank.print_once.cache_clear()
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, also where the tests are started in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -267,4 +267,3 @@ def fork(n_processes, errors, *args):
         os._exit(status)  # without the exit handlers of threads that a fork does not copy
     codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
     return codes.pop() if len(codes) == 1 else 1
-

@@ -543,7 +543,7 @@ def test_a_dry_run_counts_the_calls_of_the_job_and_writes_nothing(tmp_path, monk
     assert "dry run: 130 calls, " in capsys.readouterr().out and not out.exists()
 
 
-def test_ctrl_c_keeps_what_is_on_its_way(tmp_path):
+def test_ctrl_c_keeps_what_is_on_its_way(tmp_path, ctrl_c):
     folder, out = write_world(tmp_path / "w", n_docs=30, n_queries=4), tmp_path / "out"
     teacher, batches = synth.simulated_teacher(world()), []
 
